@@ -1,0 +1,1 @@
+"""Mathematics of the methods: tensors and callables in, tensors out. Imports torch only."""

@@ -1,0 +1,372 @@
+"""Where samples come from: ids and domains past any collator, rows of a collated batch, the target loader."""
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from tqdm.auto import tqdm
+
+# Not plain "sample_id": datasets have columns of that name, and theirs must reach their collator untouched.
+SAMPLE_ID = "bilevel_sample_id"
+DOMAIN_ID = "bilevel_domain_id"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the rows of a batch come from.
+
+    Attributes:
+        sample_ids: Index of each row in the training dataset (or its position in a stream), int64, ``(n,)``.
+        domain_ids: Index of each row's domain, int64, ``(n,)``, or None without domains.
+    """
+
+    sample_ids: Tensor
+    domain_ids: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+
+@dataclass(frozen=True)
+class _Numbered:
+    """An item that is not a dict, with its ids beside it."""
+
+    item: Any
+    sample_id: int
+    domain_id: int | None
+
+
+def _number(item: Any, sample_id: int, domain_id: int | None) -> Any:
+    if not isinstance(item, dict):
+        return _Numbered(item, sample_id, domain_id)
+    ids = {SAMPLE_ID: sample_id} if domain_id is None else {SAMPLE_ID: sample_id, DOMAIN_ID: domain_id}
+    return {**item, **ids}
+
+
+class NumberedDataset(Dataset):
+    """A map-style dataset whose items carry their index, and their domain.
+
+    Args:
+        dataset: Any dataset with ``__len__`` and ``__getitem__``; items may be dicts or anything a collator takes.
+        domain_ids: Domain of each item, int64, ``(len(dataset),)``, or None.
+    """
+
+    def __init__(self, dataset: Any, domain_ids: Tensor | None = None) -> None:
+        self.dataset = dataset
+        self.domain_ids = domain_ids
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def _domain_id(self, index: int) -> int | None:
+        return None if self.domain_ids is None else int(self.domain_ids[index])
+
+    def __getitem__(self, index: int) -> Any:
+        index = int(index)
+        return _number(self.dataset[index], index, self._domain_id(index))
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        """Return several items, read in one call where the dataset can."""
+        items = fetch(self.dataset, indices)
+        return [_number(item, int(i), self._domain_id(i)) for item, i in zip(items, indices, strict=True)]
+
+
+class NumberedStream(IterableDataset):
+    """A streaming dataset whose items carry their position in the stream.
+
+    Item i of a stream has id i in every pass. With several loader workers, worker w of W gives its i-th item the id
+    i * W + w, so ids stay unique.
+
+    Args:
+        dataset: Any iterable dataset.
+        domain_column: Key of an item that holds its domain, or None.
+        domain_names: Names of the domains, sorted; None if the column holds integers.
+    """
+
+    def __init__(self, dataset: Any, domain_column: str | None, domain_names: list[str] | None) -> None:
+        self.dataset = dataset
+        self.domain_column = domain_column
+        self._index = None if domain_names is None else {name: i for i, name in enumerate(domain_names)}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Pass the epoch on, for streams that shuffle."""
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for i, item in enumerate(self.dataset):
+            domain_id = None
+            if self.domain_column is not None:
+                domain = item[self.domain_column]
+                if self._index is not None and domain not in self._index:
+                    raise ValueError(f"`domain_names` {sorted(self._index)} does not list the domain {domain!r}.")
+                domain_id = int(domain) if self._index is None else self._index[domain]
+            yield _number(item, first + i * step, domain_id)
+
+
+class DataCollatorWithOrigin:
+    """Carry sample and domain ids past a collator that knows nothing of them.
+
+    Wraps any collator (default, padding, language modelling, seq2seq, vision, a lambda): takes the ids off the items,
+    calls it with exactly the items it would have had, and adds ``int64`` tensors of shape ``(n,)`` to the batch.
+
+    Args:
+        collator: The collator to wrap; must return a mapping.
+
+    Example:
+        >>> from transformers import default_data_collator
+        >>> items = NumberedDataset([{"x": 1.0, "labels": 0}, {"x": 2.0, "labels": 1}])
+        >>> batch = DataCollatorWithOrigin(default_data_collator)([items[1], items[0]])
+        >>> pop_origin(batch).sample_ids, sorted(batch)
+        (tensor([1, 0]), ['labels', 'x'])
+    """
+
+    def __init__(self, collator: Callable[[list[Any]], Any]) -> None:
+        self.collator = collator
+
+    def __call__(self, features: list[Any]) -> Any:
+        sample_ids, domain_ids, items = [], [], []
+        for feature in features:
+            if isinstance(feature, _Numbered):
+                sample_id, domain_id, item = feature.sample_id, feature.domain_id, feature.item
+            else:
+                item = dict(feature)
+                sample_id, domain_id = item.pop(SAMPLE_ID), item.pop(DOMAIN_ID, None)
+            sample_ids.append(sample_id)
+            domain_ids.append(domain_id)
+            items.append(item)
+        batch = self.collator(items)
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                f"The data collator returned a {type(batch).__name__}, to which sample ids cannot be added; it must "
+                "return a dict of model inputs, as Trainer's `model(**inputs)` needs."
+            )
+        batch[SAMPLE_ID] = torch.tensor(sample_ids, dtype=torch.int64)
+        if domain_ids[0] is not None:
+            batch[DOMAIN_ID] = torch.tensor(domain_ids, dtype=torch.int64)
+        return batch
+
+
+def pop_origin(batch: Any) -> Origin:
+    """Take the ids out of a batch, so that the model does not see them."""
+    domain_ids = batch.pop(DOMAIN_ID) if DOMAIN_ID in batch else None
+    return Origin(batch.pop(SAMPLE_ID), domain_ids)
+
+
+def pick_rows(batch: Mapping[str, Any], indices: list[int], num_rows: int) -> dict[str, Any]:
+    """Keep some rows of a collated batch.
+
+    Tensors and arrays are indexed along their first dimension, lists and tuples of one entry per row by position,
+    mappings and other sequences entry by entry; numbers, strings, None and zero-dimensional tensors stay as they are.
+
+    Args:
+        batch: A collated batch.
+        indices: Rows to keep, in the order wanted.
+        num_rows: Number of rows of the batch.
+
+    Returns:
+        A batch of the same type and structure with ``len(indices)`` rows.
+
+    Padding-free batches, which hold several samples in a row, are refused with a ValueError.
+
+    Example:
+        >>> pick_rows({"x": torch.tensor([[1], [2], [3]]), "names": ["a", "b", "c"], "scale": 2.0}, [2, 0], 3)
+        {'x': tensor([[3],
+                [1]]), 'names': ['c', 'a'], 'scale': 2.0}
+    """
+    return _pick(batch, indices, num_rows, "batch")
+
+
+def _pick(value: Any, indices: list[int], num_rows: int, path: str) -> Any:
+    if isinstance(value, (Tensor, np.ndarray)):
+        if value.ndim == 0:
+            return value
+        if len(value) != num_rows:
+            raise ValueError(
+                f"`{path}` has {len(value)} rows where the batch has {num_rows} samples, so rows cannot be selected. "
+                "Padding-free and flattened batches hold several samples in a row: use a padding collator (for "
+                "SFTTrainer `padding_free=False`), or select tokens (`granularity='token'`)."
+            )
+        return value[indices]
+    if isinstance(value, Mapping):
+        picked = {key: _pick(entry, indices, num_rows, f"{path}[{key!r}]") for key, entry in value.items()}
+        return picked if type(value) is dict else type(value)(picked)
+    if isinstance(value, (list, tuple)):
+        if len(value) == num_rows:
+            return type(value)(value[i] for i in indices)
+        return type(value)(_pick(entry, indices, num_rows, f"{path}[{i}]") for i, entry in enumerate(value))
+    return value
+
+
+def fetch(dataset: Any, indices: Sequence[int]) -> list[Any]:
+    """Read items of a map-style dataset, in one call where it can."""
+    if hasattr(dataset, "__getitems__"):
+        return dataset.__getitems__(list(indices))
+    return [dataset[i] for i in indices]
+
+
+def read_domains(dataset: Any, column: str, domain_names: list[str] | None = None) -> tuple[Tensor, list[str]]:
+    """Read the domain of every item of a map-style dataset.
+
+    Args:
+        dataset: A dataset whose items (or, for ``datasets.Dataset``, whose table) have the column.
+        column: Name of the column; it holds names or integers.
+        domain_names: Names in the order wanted; sorted names of what occurs if None. For integers, names of 0..D-1.
+
+    Returns:
+        Domain ids, int64, ``(len(dataset),)``, and the names of the domains.
+
+    Raises:
+        ValueError: If the column is missing, holds something else, or a domain not in ``domain_names``.
+
+    Example:
+        >>> read_domains([{"source": "web"}, {"source": "books"}, {"source": "web"}], "source")
+        (tensor([1, 0, 1]), ['books', 'web'])
+    """
+    if hasattr(dataset, "column_names"):
+        if column not in dataset.column_names:
+            raise ValueError(
+                f"`train_dataset` has no column `{column}` to read domains from; its columns are "
+                f"{sorted(dataset.column_names)}. Set `domain_column` to one of them."
+            )
+        values = list(dataset.with_format(None)[column])
+    else:
+        items = (dataset[i] for i in tqdm(range(len(dataset)), desc="Reading domains", leave=False))
+        values = []
+        for item in items:
+            if not isinstance(item, Mapping) or column not in item:
+                keys = sorted(item) if isinstance(item, Mapping) else type(item).__name__
+                raise ValueError(f"An item of `train_dataset` has no key `{column}` to read its domain from: {keys}.")
+            values.append(item[column])
+    if all(isinstance(value, str) for value in values):
+        names = sorted(set(values)) if domain_names is None else domain_names
+        index = {name: i for i, name in enumerate(names)}
+        if unknown := sorted(set(values) - set(names)):
+            raise ValueError(f"Column `{column}` holds domains that `domain_names` {names} does not list: {unknown}.")
+        return torch.tensor([index[value] for value in values], dtype=torch.int64), names
+    try:
+        ids = torch.tensor([int(value) for value in values], dtype=torch.int64)
+    except (TypeError, ValueError):
+        kinds = sorted({type(value).__name__ for value in values})
+        raise ValueError(f"Column `{column}` must hold names or integers 0..D-1, got values of {kinds}.") from None
+    if int(ids.min()) < 0:
+        raise ValueError(f"Column `{column}` must hold names or integers 0..D-1, got {int(ids.min())}.")
+    names = [str(i) for i in range(int(ids.max()) + 1)] if domain_names is None else domain_names
+    if int(ids.max()) >= len(names):
+        raise ValueError(
+            f"Column `{column}` holds domain {int(ids.max())}, `domain_names` has only {len(names)}: {names}."
+        )
+    return ids, names
+
+
+def derive_seed(*parts: int) -> int:
+    """Mix integers into a seed below 2**32, the same on every platform.
+
+    Args:
+        *parts: Integers of any size and sign; their order matters.
+
+    Returns:
+        The seed.
+
+    Example:
+        >>> derive_seed(0, 1) != derive_seed(1, 0)
+        True
+    """
+    return int(np.random.SeedSequence([part % 2**32 for part in parts]).generate_state(1)[0])
+
+
+@contextmanager
+def private_randomness(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Run random code on a seed of its own and leave no trace in the global generators.
+
+    Forks Python's, NumPy's and torch's state, the latter on the CPU and on ``device``. The Trainer restores the global
+    state *after* it has fetched the first batches of a resumed run, so what happens there must not depend on it.
+
+    Args:
+        seed: Below 2**32, for instance from ``derive_seed``.
+        device: An accelerator whose generator is used inside, or None.
+    """
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    accelerator = device is not None and device.type not in ("cpu", "meta")
+    devices = [device.index or 0] if accelerator else []
+    try:
+        with torch.random.fork_rng(devices=devices, device_type=device.type if accelerator else "cuda"):
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+@lru_cache(maxsize=8)
+def _permutation(num: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(num, generator=torch.Generator().manual_seed(derive_seed(seed, epoch)))
+
+
+class EndlessLoader:
+    """An endless, seeded stream of batches of a map-style dataset, beside the Trainer's own loader.
+
+    Batch p is a pure function of (seed, p, rank), its collator's randomness included, so the whole state is the number
+    of batches drawn, resuming is exact, and a batch can be drawn again. Every pass is a new permutation; over all ranks
+    each pass holds every sample once; batches are always full, running on into the next pass.
+
+    Args:
+        dataset: A dataset with ``__len__`` and ``__getitem__``, not empty.
+        collator: From a list of items to a batch.
+        batch_size: Rows per rank, positive.
+        seed: Of permutations and collator.
+        rank: This process.
+        num_ranks: Number of processes.
+
+    Example:
+        >>> loader = EndlessLoader([10, 11, 12], list, batch_size=2, seed=0)
+        >>> seen = [loader.draw(), loader.draw(), loader.draw()]
+        >>> sorted(sum(seen, []))
+        [10, 10, 11, 11, 12, 12]
+        >>> loader.position, loader.batch_at(0) == seen[0]
+        (3, True)
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        collator: Callable[[list[Any]], Any],
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        num_ranks: int = 1,
+    ) -> None:
+        self.dataset = dataset
+        self.collator = collator
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.num_ranks = num_ranks
+        self.position = 0
+
+    def batch_at(self, position: int) -> Any:
+        """Return batch ``position``, on the CPU."""
+        num = len(self.dataset)
+        first = (position * self.num_ranks + self.rank) * self.batch_size
+        indices = [
+            int(_permutation(num, self.seed, flat // num)[flat % num])
+            for flat in range(first, first + self.batch_size)
+        ]
+        with private_randomness(derive_seed(self.seed, position, self.rank)):
+            return self.collator(fetch(self.dataset, indices))
+
+    def draw(self) -> Any:
+        """Return the next batch."""
+        self.position += 1
+        return self.batch_at(self.position - 1)

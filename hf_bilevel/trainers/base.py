@@ -1,0 +1,532 @@
+"""What every method shares: config, target dataset, ids past the collator, state beside the optimizer's, logging."""
+
+import dataclasses
+import json
+import logging
+import os
+import platform
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ClassVar
+
+import datasets
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+from torch.utils.data import DataLoader, Sampler
+from transformers import TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_bilevel.data import (
+    DataCollatorWithOrigin,
+    EndlessLoader,
+    NumberedDataset,
+    NumberedStream,
+    Origin,
+    derive_seed,
+    fetch,
+    pick_rows,
+    pop_origin,
+    private_randomness,
+    read_domains,
+)
+from hf_bilevel.losses import IGNORE_INDEX, SampleLossFunction
+
+STATE_NAME = "bilevel_state.pt"
+CONFIG_NAME = "bilevel_config.json"
+FACTS_NAME = "bilevel_facts.json"
+
+logger = logging.getLogger(__name__)
+
+
+def number_or_auto(kind: type, help: str) -> Any:
+    """Declare a config field that is a number or "auto".
+
+    ``HfArgumentParser`` reads ``int | str`` from the command line as a string, so such a field is declared a string and
+    converted on construction; Python callers pass numbers.
+
+    Args:
+        kind: int or float.
+        help: Text for the command line.
+
+    Returns:
+        A dataclass field.
+    """
+    return field(default="auto", metadata={"help": help, "auto": kind})
+
+
+@dataclass
+class BilevelConfig:
+    """Settings that all methods share. Use the config of a method, such as ``BladeConfig``.
+
+    Values are checked on construction: ``HfArgumentParser`` hands over whatever a YAML file holds.
+
+    Args:
+        target_batch_size: Rows per process of a batch of the target dataset; None for the training batch size.
+        domain_column: Column of the training dataset that names each sample's domain, as names or as integers 0..D-1;
+            None without domains.
+        domain_names: Names of the domains in the order of their ids. Needed only for names in a streaming dataset.
+
+    Raises:
+        ValueError: If a value is out of range.
+        TypeError: If a value has another type than declared.
+    """
+
+    target_batch_size: int | None = field(
+        default=None, metadata={"help": "Rows per process of a target batch; the training batch size if not set."}
+    )
+    domain_column: str | None = field(
+        default=None, metadata={"help": "Column of the training dataset that names each sample's domain."}
+    )
+    domain_names: list[str] | None = field(
+        default=None, metadata={"help": "Names of the domains, in the order of their ids; for streaming datasets."}
+    )
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if "auto" in entry.metadata:
+                setattr(self, entry.name, _parse_number_or_auto(entry.name, value, entry.metadata["auto"]))
+            elif not _has_type(value, hints[entry.name]):
+                raise TypeError(_wrong_type(entry.name, value, _type_name(hints[entry.name])))
+        if self.target_batch_size is not None and self.target_batch_size < 1:
+            raise ValueError(f"`target_batch_size` must be at least 1, got {self.target_batch_size}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as JSON-compatible values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json_file(cls, path: str | os.PathLike) -> "BilevelConfig":
+        """Read the settings that a checkpoint holds in ``bilevel_config.json``."""
+        return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    if isinstance(hint, types.UnionType):
+        return any(_has_type(value, option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is list:
+        (item,) = typing.get_args(hint)
+        return isinstance(value, list) and all(_has_type(entry, item) for entry in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _type_name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+
+
+def _wrong_type(name: str, value: Any, expected: str) -> str:
+    message = f"`{name}` must be {expected}, got {value!r} of type {type(value).__name__}."
+    if isinstance(value, str):
+        message += " In YAML write a number without quotes and with a dot before an exponent, as in 1.0e-4."
+    return message
+
+
+def _parse_number_or_auto(name: str, value: Any, kind: type) -> Any:
+    if value == "auto":
+        return value
+    expected = f"{kind.__name__} or 'auto'"
+    if isinstance(value, str):
+        try:
+            return kind(value)
+        except ValueError:
+            raise TypeError(f"`{name}` must be {expected}, got {value!r}.") from None
+    if not _has_type(value, kind):
+        raise TypeError(_wrong_type(name, value, expected))
+    return kind(value)
+
+
+class BilevelMixin:
+    """Base of all methods: put one of its subclasses in front of ``Trainer`` or a subclass of it.
+
+    The mixins use only seams that ``Trainer`` documents or calls by name and never copy its loop, so everything else
+    (evaluation, callbacks, checkpoints, the Hub) stays the Trainer's.
+
+    Args:
+        model: As for ``Trainer``.
+        args: As for ``Trainer``.
+        target_dataset: Map-style dataset that shows what good means, with the columns of ``train_dataset``.
+        bilevel_config: The method's config; its defaults if None.
+        compute_sample_losses: Loss of each sample, (model, batch with labels) -> ``(n,)``, for models whose head is not
+            known, or trained with ``compute_loss_func``.
+        **kwargs: Everything else that ``Trainer`` (or the class behind this one) takes.
+    """
+
+    method: ClassVar[str]
+    config_class: ClassVar[type[BilevelConfig]]
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *,
+        target_dataset: Any = None,
+        bilevel_config: BilevelConfig | None = None,
+        compute_sample_losses: SampleLossFunction | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if bilevel_config is not None and not isinstance(bilevel_config, self.config_class):
+            raise TypeError(
+                f"`bilevel_config` must be a {self.config_class.__name__}, got {type(bilevel_config).__name__}."
+            )
+        self.bilevel_config = self.config_class() if bilevel_config is None else bilevel_config
+        self.target_dataset = target_dataset
+        self.compute_sample_losses = compute_sample_losses
+        self._resumed_state: dict[str, Any] | None = None
+        super().__init__(model=model, args=args, **kwargs)
+        self._check_bilevel_setup()
+        self._domain_ids, self.domain_names = self._find_domains()
+
+    # What a method defines ------------------------------------------------------------------------------------------
+
+    def _is_off(self) -> bool:
+        """Say whether the settings make this the plain Trainer; then nothing below touches the run."""
+        raise NotImplementedError
+
+    def _check_bilevel_setup(self) -> None:
+        """Refuse what cannot work, before training starts."""
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{type(self).__name__} does not run under torch.nn.DataParallel ({self.args.n_gpu} devices in one "
+                "process). Start one process per device with `accelerate launch` or `torchrun`, or set "
+                "CUDA_VISIBLE_DEVICES to one device."
+            )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                f"{type(self).__name__} is not tested with FSDP or DeepSpeed yet and refuses to train on the wrong thing. "
+                "Use one device or DDP, with a PEFT model or gradient checkpointing to save memory."
+            )
+
+    def _begin_training(self) -> None:
+        """Reset the method's state; called at every start of the training loop, restarts included."""
+
+    def _end_training(self) -> None:
+        """Release what only training needs; called also when training fails."""
+
+    def _select(self, batches: list[Any], origins: list[Origin], num_items: Any) -> tuple[list[Any], Any]:
+        """Turn the candidate batches of one optimizer step into what is trained on."""
+        return batches, num_items
+
+    def _shared_state(self) -> dict[str, Any]:
+        """Return state that is the same on all ranks; called on all of them."""
+        return {}
+
+    def _rank_state(self) -> dict[str, Any]:
+        """Return state of this rank."""
+        return {}
+
+    def _load_state(self, shared: dict[str, Any], rank: dict[str, Any]) -> None:
+        """Restore both."""
+
+    def _bilevel_metrics(self) -> dict[str, float]:
+        """Return what to log since the last call; called on all ranks."""
+        return {}
+
+    # Ids ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def _is_stream(self) -> bool:
+        return isinstance(self.train_dataset, (torch.utils.data.IterableDataset, datasets.IterableDataset))
+
+    def _find_domains(self) -> tuple[torch.Tensor | None, list[str] | None]:
+        config = self.bilevel_config
+        if config.domain_column is None or self.train_dataset is None:
+            return None, config.domain_names
+        if self._is_stream:
+            domain = next(iter(self.train_dataset)).get(config.domain_column)
+            if domain is None or (isinstance(domain, str) and config.domain_names is None):
+                raise ValueError(
+                    f"`train_dataset` is a stream whose first item has {domain!r} as `{config.domain_column}`. Give every "
+                    "item a domain, as an integer 0..D-1, or as a name together with `domain_names`, since a stream "
+                    "cannot be searched for its names."
+                )
+            return None, config.domain_names
+        return read_domains(self.train_dataset, config.domain_column, config.domain_names)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the training loader, with sample and domain ids carried past the collator."""
+        if self._is_off() or self.train_dataset is None:
+            return super().get_train_dataloader()
+        dataset, collator = self.train_dataset, self.data_collator
+        config = self.bilevel_config
+        if isinstance(dataset, datasets.Dataset):
+            columns_kept = self._remove_unused_columns(dataset, description="training")
+            self.train_dataset = NumberedDataset(columns_kept, self._domain_ids)
+        else:
+            collator = self._get_collator_with_removed_columns(collator, description="training")
+            if self._is_stream:
+                self.train_dataset = NumberedStream(dataset, config.domain_column, config.domain_names)
+            else:
+                self.train_dataset = NumberedDataset(dataset, self._domain_ids)
+        # Swapped for this call only: evaluation and the parent's own checks must see the user's objects.
+        user_dataset, user_collator = dataset, self.data_collator
+        self.data_collator = DataCollatorWithOrigin(collator)
+        self._user_dataset = user_dataset
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset, self.data_collator = user_dataset, user_collator
+
+    def _get_collator_with_removed_columns(self, data_collator: Callable, description: str | None = None) -> Callable:
+        if isinstance(data_collator, DataCollatorWithOrigin):
+            return data_collator  # get_train_dataloader has removed the columns inside of it
+        return super()._get_collator_with_removed_columns(data_collator, description=description)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        if isinstance(train_dataset, NumberedDataset):
+            train_dataset = self._user_dataset  # with its columns: sampling by length reads one
+        return super()._get_train_sampler(train_dataset)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """Fetch the candidate batches of one optimizer step and select from them."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._is_off() or not batches:
+            return batches, num_items
+        origins = [pop_origin(batch) for batch in batches]
+        return self._select(batches, origins, num_items)
+
+    # The target dataset ---------------------------------------------------------------------------------------------
+
+    @property
+    def _seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    def _collator_for(self, dataset: Any) -> tuple[Any, Callable]:
+        """Prepare a map-style dataset as the Trainer prepares its own: unused columns removed."""
+        if isinstance(dataset, datasets.Dataset):
+            return self._remove_unused_columns(dataset), self.data_collator
+        return dataset, self._get_collator_with_removed_columns(self.data_collator)
+
+    def _endless_loader(self, dataset: Any, batch_size: int, stream: int) -> EndlessLoader:
+        """Build a seeded loader of its own over a map-style dataset; ``stream`` tells loaders apart."""
+        dataset, collator = self._collator_for(dataset)
+        return EndlessLoader(
+            dataset,
+            collator,
+            batch_size,
+            seed=derive_seed(self._seed, stream),
+            rank=self.args.process_index,
+            num_ranks=self.args.world_size,
+        )
+
+    def _check_target_dataset(self) -> None:
+        """Refuse a target dataset that cannot be trained on like the pool."""
+        target, name = self.target_dataset, type(self).__name__
+        if target is None:
+            raise ValueError(
+                f"{name} needs `target_dataset`, a small set of samples that show what the model should be good at. "
+                "Pass one, for instance 100 to 1,000 clean samples that are not in `train_dataset` or in the test set."
+            )
+        if isinstance(target, (torch.utils.data.IterableDataset, datasets.IterableDataset)):
+            raise ValueError(
+                "`target_dataset` is a stream; it is read many times, so it must have a length. Take it into memory, for "
+                "instance `datasets.Dataset.from_list(list(stream.take(1000)))`."
+            )
+        if len(target) == 0:
+            raise ValueError("`target_dataset` is empty. Pass at least one sample; a few hundred are usual.")
+        if self.train_dataset is None:
+            return
+        first = next(iter(self.train_dataset)) if self._is_stream else self.train_dataset[0]
+        pool_columns, target_columns = self._used_columns(first), self._used_columns(target[0])
+        if pool_columns != target_columns:
+            raise ValueError(
+                f"`target_dataset` has the model inputs {sorted(target_columns)} and `train_dataset` has "
+                f"{sorted(pool_columns)}; they must be the same. Missing in `target_dataset`: "
+                f"{sorted(pool_columns - target_columns)}; only there: {sorted(target_columns - pool_columns)}. Prepare "
+                "both with the same function."
+            )
+        self._check_labels(target, "target_dataset")
+        if not self._is_stream:
+            self._check_labels(self.train_dataset, "train_dataset")
+
+    def _used_columns(self, item: Any) -> set[str]:
+        if not isinstance(item, Mapping):
+            return set()
+        columns = set(item) - {self.bilevel_config.domain_column}
+        if not self.args.remove_unused_columns:
+            return columns
+        self._set_signature_columns_if_needed()
+        return columns & set(self._signature_columns)
+
+    def _check_labels(self, dataset: Any, name: str) -> None:
+        """Look for one label that counts; it is nearly always in the first rows, so this is cheap."""
+        if len(dataset) == 0:
+            raise ValueError(f"`{name}` is empty.")
+        prepared, collator = self._collator_for(dataset)
+        for start in range(0, len(prepared), 8):
+            with private_randomness(derive_seed(self._seed, start)):
+                rows = range(start, min(start + 8, len(prepared)))
+                batch = collator(fetch(prepared, rows))
+            if start == 0 and self._selects_rows():
+                pick_rows(batch, [0], len(rows))  # raises for padding-free collators
+            labels = batch.get("labels") if isinstance(batch, Mapping) else None
+            if not isinstance(labels, torch.Tensor) or bool((labels != IGNORE_INDEX).any()):
+                return
+        raise ValueError(
+            f"All labels of `{name}` are {IGNORE_INDEX}, so nothing is predicted and there is nothing to learn from. Check "
+            "the preparation of the labels, a completion-only mask or a truncation that cuts off the answers for instance."
+        )
+
+    def _selects_rows(self) -> bool:
+        """Say whether rows of collated batches will be picked."""
+        return False
+
+    # The training loop's seams --------------------------------------------------------------------------------------
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # Entered again by `auto_find_batch_size` and by each trial of a hyperparameter search.
+        self._begin_training()
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        finally:
+            self._end_training()
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, with the method's metrics beside the training loss."""
+        if self.is_in_train and "loss" in logs and not self._is_off():
+            logs.update(self._bilevel_metrics())
+        super().log(logs, *args, **kwargs)
+
+    # Checkpoints ----------------------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """Train, as ``Trainer.train``.
+
+        Args:
+            resume_from_checkpoint: A checkpoint's path, or True for the newest one in ``output_dir`` that is whole.
+            trial: As for ``Trainer``.
+            ignore_keys_for_eval: As for ``Trainer``.
+
+        Returns:
+            The Trainer's output.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = self._newest_whole_checkpoint()
+        if resume_from_checkpoint:
+            self._resumed_state = self._read_state(resume_from_checkpoint)
+        try:
+            return super().train(
+                resume_from_checkpoint=resume_from_checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval
+            )
+        finally:
+            self._resumed_state = None
+
+    def _newest_whole_checkpoint(self) -> str:
+        """Find the newest checkpoint whose state can be read; upstream would restart at step 0 without its own."""
+        checkpoints = sorted(
+            (path for path in Path(self.args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()),
+            key=lambda path: int(path.name.rsplit("-", 1)[1]) if path.name.rsplit("-", 1)[1].isdigit() else -1,
+            reverse=True,
+        )
+        reasons = []
+        for checkpoint in checkpoints:
+            try:
+                self._read_state(checkpoint)
+            except ValueError as error:
+                reasons.append(str(error))
+                logger.warning("Skipping a checkpoint: %s", error)
+            else:
+                return str(checkpoint)
+        found = " ".join(reasons) if reasons else "There is none."
+        raise ValueError(f"No checkpoint in `{self.args.output_dir}` can be resumed from. {found}")
+
+    def _read_state(self, checkpoint: str | os.PathLike) -> dict[str, Any]:
+        """Read and check the bilevel state of a checkpoint, before anything is changed by it."""
+        path, trainer_state = Path(checkpoint) / STATE_NAME, Path(checkpoint) / TRAINER_STATE_NAME
+        if not Path(checkpoint).is_dir():
+            raise ValueError(f"`{checkpoint}` is not a checkpoint folder.")
+        try:
+            json.loads(trainer_state.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ValueError(f"`{trainer_state}` is missing: the checkpoint was not written to its end.") from None
+        except (ValueError, OSError) as error:
+            raise ValueError(f"`{trainer_state}` cannot be read ({error}).") from error
+        if not path.is_file():
+            raise ValueError(
+                f"`{path}` is missing, so the run cannot be continued as it was. The checkpoint was written with "
+                f"`save_only_model=True` or by another trainer; resume from a full checkpoint of {type(self).__name__}, "
+                "or start a new run from its weights."
+            )
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            method, ranks = state["method"], state["ranks"]
+        except Exception as error:  # torch.load raises a dozen kinds for a damaged file
+            raise ValueError(
+                f"`{path}` cannot be read ({type(error).__name__}: {error}). Nothing was changed; resume from another "
+                "checkpoint."
+            ) from error
+        if method != self.method:
+            raise ValueError(f"`{path}` was written by the method {method!r}, not by {self.method!r}.")
+        if any(ranks) and len(ranks) != self.args.world_size:
+            raise ValueError(
+                f"`{path}` holds the state of {len(ranks)} processes, this run has {self.args.world_size}. Resume with "
+                f"{len(ranks)} processes."
+            )
+        return state
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        shared, rank = self._shared_state(), self._rank_state()
+        ranks = gather_object([rank]) if self.args.world_size > 1 else [rank]
+        if self.args.should_save:
+            path = Path(output_dir) / STATE_NAME
+            partial = path.with_suffix(".partial")
+            state = {"method": self.method, "config": self.bilevel_config.to_dict(), "shared": shared, "ranks": ranks}
+            torch.save(state, partial)
+            os.replace(partial, path)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        state = self._resumed_state if self._resumed_state is not None else self._read_state(checkpoint)
+        config = self.bilevel_config.to_dict()
+        changed = [key for key, value in config.items() if state["config"].get(key) != value]
+        if changed:
+            before, now = ({key: source.get(key) for key in changed} for source in (state["config"], config))
+            logger.warning("The bilevel settings changed since the checkpoint: %s, now %s.", before, now)
+        ranks = state["ranks"]
+        self._load_state(state["shared"], ranks[self.args.process_index] if any(ranks) else {})
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict=state_dict)
+        if self.args.should_save:
+            folder = Path(self.args.output_dir if output_dir is None else output_dir)
+            for name, content in ((CONFIG_NAME, self.bilevel_config.to_dict()), (FACTS_NAME, self.bilevel_facts())):
+                (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    # Facts ----------------------------------------------------------------------------------------------------------
+
+    def bilevel_facts(self) -> dict[str, Any]:
+        """Collect what a reader needs to judge or repeat the run, as JSON-compatible values, for the model card."""
+        packages = ("hf_bilevel", "transformers", "datasets", "accelerate", "torch")
+        return {
+            "method": self.method,
+            "trainer": type(self).__name__,
+            "config": self.bilevel_config.to_dict(),
+            "seed": self._seed,
+            "global_step": self.state.global_step,
+            "max_steps": self.state.max_steps,
+            "world_size": self.args.world_size,
+            "candidate_batch_size": self.args.per_device_train_batch_size,
+            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
+            "num_pool": None if self._is_stream or self.train_dataset is None else len(self.train_dataset),
+            "num_target": None if self.target_dataset is None else len(self.target_dataset),
+            "domain_names": self.domain_names,
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        }

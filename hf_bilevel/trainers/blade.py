@@ -1,0 +1,802 @@
+"""BLADE: train on the samples or tokens on which the model does worst compared with a dynamic reference model."""
+
+import warnings
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import Trainer
+
+from hf_bilevel.core.selection import (
+    SelectionTally,
+    excess_loss,
+    num_selected,
+    penalised_loss,
+    synchronisation_schedule,
+    top_units,
+)
+from hf_bilevel.data import Origin, derive_seed, pick_rows, private_randomness
+from hf_bilevel.losses import (
+    IGNORE_INDEX,
+    LM_HEADS,
+    TOKEN_HEADS,
+    UnitLosses,
+    evaluating,
+    find_head,
+    forward_inputs,
+    labelled_tokens,
+    token_losses_from_logits,
+    unit_losses,
+    unsupported_head,
+)
+from hf_bilevel.trainers.base import BilevelConfig, BilevelMixin, number_or_auto
+from hf_bilevel.trainers.reference import Reference, ReferenceAdapter, ReferenceCopy, check_adapter, is_peft_model
+
+NUM_RECENT_BATCHES = 32
+"""Candidate batches of a stream that the reference model trains on; a stream cannot be read twice."""
+
+_TARGET_STREAM, _POOL_STREAM = 1, 2  # tell the seeds of the two loaders apart
+
+
+@dataclass
+class BladeConfig(BilevelConfig):
+    r"""Settings of BLADE (arXiv 2606.18650).
+
+    The *proxy* :math:`u` is the model being trained. The *reference* :math:`w` is synchronised with it every T steps
+    and takes K steps on :math:`L_{val}(w) + \lambda L_{train}(\alpha, w)`; in between it is frozen. Of every candidate
+    batch (``per_device_train_batch_size`` rows) the units with the largest :math:`\ell(u) - \ell(w)` are trained on.
+
+    ============================  ==================  ====================  =========================================
+    paper                         argument            published             our default and why
+    ============================  ==================  ====================  =========================================
+    :math:`\gamma`                selection_ratio     0.6                   0.6
+    T                             sync_steps          1,000 of 5,000        "auto": at least 20 in a run, at most
+                                                                            1,000 apart; short runs need more
+    K                             reference_steps     300                   "auto": 0.3 T, the published share
+    :math:`\lambda`               penalty             1                     "auto": 1 for tokens; 0.1 for samples,
+                                                                            whose pools are noisier (measured)
+    ============================  ==================  ====================  =========================================
+
+    Args:
+        selection_ratio: Selected / candidates, in (0, 1]. 1 turns selection off: the run is the plain Trainer's, bit for
+            bit.
+        granularity: ``"token"``: select tokens of every sequence by masking them in the loss, so the context stays
+            whole; ``"sample"``: select rows of the candidate batch; ``"auto"``: tokens for language models, samples
+            otherwise.
+        reference: ``"dynamic"``: BLADE; ``"static"``: the ``reference_model`` given to the trainer, frozen for ever
+            (RHO-LOSS for samples, Rho-1 for tokens); ``"none"``: for scores that need none.
+        score: ``"excess_loss"``, or a control: ``"loss"`` (highest loss first) or ``"random"``, which need no reference
+            and ignore it.
+        sync_steps: T, optimizer steps between synchronisations, or "auto".
+        reference_steps: K, steps of the reference after each synchronisation, or "auto".
+        first_reference_steps: Steps after the first synchronisation, or "auto" for K. A model trained from scratch knows
+            nothing when it is first copied, so its first reference needs more, for instance 300.
+        penalty: :math:`\lambda`, weight of the selected training data in the reference's objective, or "auto". Small or 0
+            when the pool is noisy and the target dataset is clean; 1 when the target dataset is too small to train on.
+        reference_learning_rate: Learning rate of the reference, constant; None for ``TrainingArguments.learning_rate``.
+        reference_dtype: ``"float32"``, ``"bfloat16"`` or ``"auto"`` (the model's): dtype of a copied reference while it
+            scores.
+        reference_device: ``"auto"`` (beside the model) or ``"cpu"``: where a copied reference waits between uses.
+        warmup_steps: Optimizer steps on all candidates before the first selection.
+        on_non_finite: What to do with candidates whose loss is NaN or infinite: ``"exclude"`` them from selection and
+            log how many (``blade/num_excluded``), or raise an ``"error"``, which costs one host sync a step at token
+            level. An excluded token adds nothing to the loss and leaves the planned denominator as it is. Where a
+            sequence's activations, not only a loss, are not finite, its gradient is not either, as in the plain
+            Trainer: use ``"error"`` or sample level for such data.
+        target_batch_size: See ``BilevelConfig``.
+        domain_column: See ``BilevelConfig``.
+        domain_names: See ``BilevelConfig``.
+
+    Raises:
+        ValueError: If a value is out of range.
+        TypeError: If a value has another type than declared.
+
+    Example:
+        >>> BladeConfig(selection_ratio=0.3, granularity="sample", penalty=0).penalty
+        0.0
+        >>> BladeConfig(selection_ratio=1.5)
+        Traceback (most recent call last):
+        ValueError: `selection_ratio` must be in (0, 1], got 1.5.
+    """
+
+    selection_ratio: float = field(
+        default=0.6, metadata={"help": "Selected / candidates, in (0, 1]; 1 turns selection off."}
+    )
+    granularity: str = field(default="auto", metadata={"help": "What is selected: auto, token or sample."})
+    reference: str = field(default="dynamic", metadata={"help": "Reference model: dynamic, static or none."})
+    score: str = field(default="excess_loss", metadata={"help": "What ranks candidates: excess_loss, loss or random."})
+    sync_steps: str = number_or_auto(int, "Optimizer steps between synchronisations (T), or auto.")
+    reference_steps: str = number_or_auto(int, "Steps of the reference model after a synchronisation (K), or auto.")
+    first_reference_steps: str = number_or_auto(int, "Steps after the first synchronisation, or auto for K.")
+    penalty: str = number_or_auto(float, "Weight of the training data in the reference's objective, or auto.")
+    reference_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the reference model; the trainer's if not set."}
+    )
+    reference_dtype: str = field(
+        default="auto", metadata={"help": "Dtype of a copied reference model: auto, float32 or bfloat16."}
+    )
+    reference_device: str = field(
+        default="auto", metadata={"help": "Where a copied reference model waits between uses: auto or cpu."}
+    )
+    warmup_steps: int = field(default=0, metadata={"help": "Optimizer steps on all candidates before selecting."})
+    on_non_finite: str = field(
+        default="exclude", metadata={"help": "Candidates with a NaN or infinite loss: exclude or error."}
+    )
+
+    _choices: ClassVar[dict[str, tuple[str, ...]]] = {
+        "granularity": ("auto", "sample", "token"),
+        "reference": ("dynamic", "none", "static"),
+        "score": ("excess_loss", "loss", "random"),
+        "reference_dtype": ("auto", "bfloat16", "float32"),
+        "reference_device": ("auto", "cpu"),
+        "on_non_finite": ("error", "exclude"),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, allowed in self._choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
+        if not 0 < self.selection_ratio <= 1:
+            raise ValueError(f"`selection_ratio` must be in (0, 1], got {self.selection_ratio}.")
+        for name in ("sync_steps", "reference_steps", "first_reference_steps"):
+            if getattr(self, name) != "auto" and getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1 or 'auto', got {getattr(self, name)}.")
+        if self.penalty != "auto" and not 0 <= self.penalty < float("inf"):
+            raise ValueError(f"`penalty` must be finite and not negative, got {self.penalty}.")
+        if self.reference_learning_rate is not None and not self.reference_learning_rate > 0:
+            raise ValueError(f"`reference_learning_rate` must be positive, got {self.reference_learning_rate}.")
+        if self.warmup_steps < 0:
+            raise ValueError(f"`warmup_steps` must not be negative, got {self.warmup_steps}.")
+        if self.score == "excess_loss" and self.reference == "none":
+            raise ValueError(
+                "`score='excess_loss'` compares with a reference model, and `reference='none'` has none. Use "
+                "`score='loss'` to select the highest losses, or `reference='dynamic'`."
+            )
+
+
+class BladeMixin(BilevelMixin):
+    """BLADE for ``Trainer`` and its subclasses; see ``BladeTrainer``.
+
+    A subclass that overrides ``compute_loss`` can be mixed with if it calls ``model(**inputs)`` once and takes the loss
+    from the outputs or from ``super().compute_loss``; at token level this is checked at every step.
+    """
+
+    method = "blade"
+    config_class = BladeConfig
+
+    def __init__(self, *args: Any, reference_model: nn.Module | None = None, **kwargs: Any) -> None:
+        self.reference_model = reference_model
+        self.reference: Reference | None = None
+        super().__init__(*args, **kwargs)
+
+    # Setup ----------------------------------------------------------------------------------------------------------
+
+    def _is_off(self) -> bool:
+        return self.bilevel_config.selection_ratio == 1
+
+    @property
+    def _reference_kind(self) -> str:
+        return self.bilevel_config.reference if self.bilevel_config.score == "excess_loss" else "none"
+
+    @property
+    def granularity(self) -> str:
+        """``"token"`` or ``"sample"``, with "auto" resolved for the model."""
+        if self.bilevel_config.granularity != "auto":
+            return self.bilevel_config.granularity
+        return "token" if self._head in LM_HEADS and self.compute_sample_losses is None else "sample"
+
+    @property
+    def penalty(self) -> float:
+        """The weight of the training data in the reference's objective, with "auto" resolved."""
+        if self.bilevel_config.penalty != "auto":
+            return self.bilevel_config.penalty
+        return 1.0 if self.granularity == "token" else 0.1
+
+    def _selects_rows(self) -> bool:
+        return not self._is_off() and self.granularity == "sample"
+
+    def _check_bilevel_setup(self) -> None:
+        config = self.bilevel_config
+        self._head = find_head(self.model)
+        if self._is_off():
+            return  # the plain Trainer, wherever that runs
+        super()._check_bilevel_setup()
+        if self.compute_sample_losses is None:
+            if self._head is None or (self.granularity == "token" and self._head not in TOKEN_HEADS):
+                raise ValueError(unsupported_head(self.model, self.granularity))
+        elif self.granularity == "token":
+            raise ValueError(
+                "`compute_sample_losses` gives one loss per sample and cannot serve `granularity='token'`. Use "
+                "`granularity='sample'`."
+            )
+        if self.granularity == "token":
+            self._check_token_setup()
+        else:
+            self._check_sample_setup()
+        if self._reference_kind == "static" and self.reference_model is None:
+            raise ValueError(
+                "`reference='static'` needs a `reference_model`: a frozen model of the same kind, trained on the target "
+                "data for instance. Pass one, or use `reference='dynamic'`."
+            )
+        if self._reference_kind == "static" and any(
+            p is q for p, q in zip(self.model.parameters(), self.reference_model.parameters(), strict=False)
+        ):
+            raise ValueError(
+                "`reference_model` shares its weights with `model`, so the excess loss would be 0 everywhere. Pass a copy, "
+                "`copy.deepcopy(model)`."
+            )
+        if self.reference_model is not None and self._reference_kind != "static":
+            warnings.warn(
+                f"`reference_model` is ignored with `reference={config.reference!r}` and `score={config.score!r}`; it is "
+                "used with `reference='static'` and `score='excess_loss'`.",
+                stacklevel=4,
+            )
+        if self._reference_kind == "dynamic":
+            self._check_target_dataset()
+            if self.accelerator.mixed_precision == "fp16":
+                raise ValueError(
+                    "A dynamic reference is not trained in fp16, where its small gradients vanish without a scaler of its "
+                    "own. Use `bf16=True`, or `reference='static'`."
+                )
+            if is_peft_model(self.model):
+                check_adapter(self.model)
+                if config.reference_dtype != "auto" or config.reference_device != "auto":
+                    warnings.warn(
+                        "`reference_dtype` and `reference_device` are ignored: the reference of a PEFT model is a second "
+                        "adapter on the same base.",
+                        stacklevel=4,
+                    )
+        elif self.train_dataset is not None and not self._is_stream:
+            self._check_labels(self.train_dataset, "train_dataset")
+
+    def _check_token_setup(self) -> None:
+        if self.label_smoother is not None or self.compute_loss_func is not None:
+            given = "label_smoothing_factor" if self.label_smoother is not None else "compute_loss_func"
+            raise ValueError(
+                f"`{given}` replaces the model's loss, so its tokens cannot be selected. Drop it, or use "
+                "`granularity='sample'`."
+            )
+        if getattr(self.model.config, "output_router_logits", False):
+            raise ValueError(
+                "`output_router_logits=True` adds a router loss inside the model's own loss, which token selection "
+                "replaces. Set `model.config.output_router_logits = False`, or use `granularity='sample'`."
+            )
+        dropout = [m.p for m in self.model.modules() if isinstance(m, nn.Dropout) and m.p > 0]
+        dropout += [getattr(self.model.config, "attention_dropout", 0.0) or 0.0]
+        if self._reference_kind != "none" and max(dropout) > 0:
+            warnings.warn(
+                f"Dropout of up to {max(dropout)} is on. At token level the proxy's losses come from the training forward, "
+                "with dropout, and the reference's without, which biases the excess loss. Set the model's dropout to 0, "
+                "as is usual for language models.",
+                stacklevel=5,
+            )
+
+    def _check_sample_setup(self) -> None:
+        ratio, candidates = self.bilevel_config.selection_ratio, self.args.per_device_train_batch_size
+        if num_selected(ratio, candidates) == candidates:
+            needed = next(n for n in range(1, 1_000_001) if num_selected(ratio, n) < n)
+            raise ValueError(
+                f"`selection_ratio={ratio}` of a candidate batch of `per_device_train_batch_size={candidates}` selects "
+                f"all of it. Raise `per_device_train_batch_size` to at least {needed} or lower `selection_ratio`."
+            )
+        if self.compute_loss_func is not None and self.compute_sample_losses is None:
+            raise ValueError(
+                "The model is trained with `compute_loss_func`, so samples ranked by the model's own loss would be ranked "
+                "by another one. Pass `compute_sample_losses=` too: (model, batch) -> losses of shape (n,)."
+            )
+
+    def _begin_training(self) -> None:
+        config, device = self.bilevel_config, self.args.device
+        self.reference, self._synced_at = None, -1
+        self._pending: deque[tuple[Origin, Tensor | None]] = deque()
+        self._recent: deque[dict[str, Any]] = deque(maxlen=NUM_RECENT_BATCHES)
+        if self._is_off():
+            return
+        num_pool = 0 if self._is_stream or self.train_dataset is None else len(self.train_dataset)
+        self.sample_tally = SelectionTally(num_pool)
+        self.domain_tally = SelectionTally(len(self.domain_names or ()))
+        # offered, selected, sum of scores, of selected scores, excluded: since the last log
+        self._sums = torch.zeros(5, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
+        self._reference_losses: list[Tensor] = []
+        self._logged_domains: dict[int, tuple[float, float]] = {}
+        if self._reference_kind == "dynamic" and is_peft_model(self.model):
+            self.reference = ReferenceAdapter(self.model)
+        elif self._reference_kind != "none":
+            dtype = None if config.reference_dtype == "auto" else getattr(torch, config.reference_dtype)
+            parked = config.reference_device == "cpu"
+            if self._reference_kind == "static":
+                self.reference = ReferenceCopy(self.model, self.reference_model, dtype, device, parked)
+            else:
+                self.reference = ReferenceCopy.of(self.model, dtype, device, parked)
+        if self._reference_kind == "dynamic":
+            batch_size = config.target_batch_size or self.args.per_device_train_batch_size
+            self._target_loader = self._endless_loader(self.target_dataset, batch_size, _TARGET_STREAM)
+            self._pool_loader = None
+            if not self._is_stream:
+                self._pool_loader = self._endless_loader(
+                    self.train_dataset, self.args.per_device_train_batch_size, _POOL_STREAM
+                )
+
+    def _end_training(self) -> None:
+        if self.reference is not None:
+            self.reference.remove()
+            self.reference = None
+
+    # Selection ------------------------------------------------------------------------------------------------------
+
+    def _select(self, batches: list[Any], origins: list[Origin], num_items: Any) -> tuple[list[Any], Any]:
+        step, rank = self.state.global_step, self.args.process_index
+        self._pending.clear()
+        if self._is_stream and self._reference_kind == "dynamic" and self.penalty > 0:
+            self._recent.extend(send_to_device(batch, "cpu") for batch in batches)
+        if step < self.bilevel_config.warmup_steps:
+            return batches, num_items
+        if self._reference_kind == "dynamic":
+            self._synchronise_if_due(step)
+        with private_randomness(derive_seed(self._seed, step, rank), self.args.device), self._scoring():
+            prepared = [self._prepare_inputs(batch) for batch in batches]
+            if self.granularity == "sample":
+                picked = self._pick_samples(batches, prepared, origins)
+                return picked, self._get_num_items_in_batch(picked, self.args.device)
+            self._plan_tokens(prepared, origins)
+        planned = [self._planned_labels(batch) for batch in prepared]
+        return batches, self._get_num_items_in_batch(planned, self.args.device)
+
+    @contextmanager
+    def _scoring(self) -> Iterator[None]:
+        """Score without gradients, in the run's mixed precision."""
+        with torch.no_grad(), self.accelerator.autocast():
+            yield
+
+    def _losses(self, model: nn.Module, batch: Mapping[str, Any]) -> UnitLosses:
+        smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
+        return unit_losses(
+            model,
+            batch,
+            self.granularity,
+            label_smoothing=smoothing,
+            compute_sample_losses=self.compute_sample_losses,
+        )
+
+    def _score_samples(self, batches: list[Any]) -> list[tuple[Tensor, Tensor]]:
+        """Score the rows of candidate batches: (scores, valid) for each; one forward of each model a batch."""
+        with evaluating(self.model):
+            units = [self._losses(self.model, batch) for batch in batches]
+        if self.bilevel_config.score == "random":
+            # Still one forward of the proxy: a loss that is not finite must not be drawn either.
+            draws = [torch.rand(u.losses.shape).to(u.losses.device) for u in units]
+            scores = [torch.where(u.losses.isfinite(), draw, u.losses) for u, draw in zip(units, draws, strict=True)]
+        elif self.bilevel_config.score == "loss":
+            scores = [u.losses for u in units]
+        else:
+            with self.reference.active() as reference:
+                scores = [
+                    excess_loss(u.losses, self._losses(reference, batch).losses)
+                    for u, batch in zip(units, batches, strict=True)
+                ]
+        return [(score, u.valid) for score, u in zip(scores, units, strict=True)]
+
+    def _pick_samples(self, batches: list[Any], prepared: list[Any], origins: list[Origin]) -> list[Any]:
+        ratio = self.bilevel_config.selection_ratio
+        keeps = []
+        for (scores, valid), origin in zip(self._score_samples(prepared), origins, strict=True):
+            if len(scores) != len(origin):
+                raise ValueError(
+                    f"A batch of {len(origin)} samples gave {len(scores)} losses. Padding-free batches hold several "
+                    "samples in a row: use a padding collator, or `granularity='token'`."
+                )
+            keep = top_units(scores, valid, num_selected(ratio, len(origin)))
+            self._record(origin, valid.long(), keep.long(), scores, scores, valid, keep)
+            keeps.append(keep)
+        # The one host sync of sample level: which rows to pick.
+        rows = [keep.nonzero().flatten().tolist() for keep in torch.cat(keeps).cpu().split([len(o) for o in origins])]
+        if any(
+            len(picked) < min(num_selected(ratio, len(o)), len(o)) for picked, o in zip(rows, origins, strict=True)
+        ):
+            self._explain_missing_rows(rows)
+        return [pick_rows(batch, row, len(o)) for batch, row, o in zip(batches, rows, origins, strict=True)]
+
+    def _explain_missing_rows(self, rows: list[list[int]]) -> None:
+        """Fewer rows than planned were left: some are empty, or their loss is not finite."""
+        excluded = int(self._sums[4])
+        if excluded and self.bilevel_config.on_non_finite == "error":
+            raise FloatingPointError(self._non_finite_message())
+        if not all(rows):
+            raise FloatingPointError(
+                f"No candidate of a batch has a finite loss and a label at step {self.state.global_step}, so there is "
+                "nothing to train on. Check the data and lower the learning rate."
+            )
+
+    def _non_finite_message(self) -> str:
+        return (
+            f"The loss of a candidate is NaN or infinite at step {self.state.global_step}. Look for broken samples, lower "
+            "the learning rate, or set `on_non_finite='exclude'` to leave such candidates out."
+        )
+
+    def _record(
+        self,
+        origin: Origin,
+        offered: Tensor,
+        selected: Tensor,
+        score_rows: Tensor,
+        scores: Tensor,
+        valid: Tensor,
+        keep: Tensor,
+    ) -> None:
+        """Add a candidate batch to the tallies and to what is logged; everything stays on the device.
+
+        ``offered``, ``selected`` and ``score_rows`` are per row; the others per unit.
+        """
+        finite = valid & scores.isfinite()
+        score_rows = score_rows.nan_to_num(0.0, 0.0, 0.0)
+        kept_scores = torch.where(keep, scores, 0.0).sum()
+        all_scores = torch.where(finite, scores, 0.0).sum()
+        sums = (valid.sum(), keep.sum(), all_scores, kept_scores, (valid & ~scores.isfinite()).sum())
+        self._sums += torch.stack([value.to(self._sums) for value in sums])
+        device = offered.device
+        self.sample_tally.update(origin.sample_ids.to(device), offered, selected, score_rows)
+        if origin.domain_ids is not None:
+            self.domain_tally.update(origin.domain_ids.to(device), offered, selected, score_rows)
+
+    # Token level ----------------------------------------------------------------------------------------------------
+
+    def _plan_tokens(self, batches: list[Any], origins: list[Origin]) -> None:
+        """Compute what the training forward needs to choose tokens: the reference's losses, or random scores."""
+        if self.bilevel_config.score == "excess_loss":
+            with self.reference.active() as reference:
+                plans = [self._losses(reference, batch).losses for batch in batches]
+        elif self.bilevel_config.score == "random":
+            plans = [torch.rand(batch["labels"].shape).to(batch["labels"].device) for batch in batches]
+        else:
+            plans = [None] * len(batches)
+        self._pending.extend(zip(origins, plans, strict=True))
+
+    def _planned_labels(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Labels with as many valid entries as will be selected, for the Trainer's own counting."""
+        valid = labelled_tokens(self._head, batch)
+        planned = num_selected(self.bilevel_config.selection_ratio, valid.sum())
+        # One entry more in front, so that the count is the same whether or not the Trainer drops the first label.
+        positions = torch.arange(valid.numel() + 1, device=valid.device)
+        return {"labels": torch.where((positions > 0) & (positions <= planned), 0, IGNORE_INDEX)}
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Compute the Trainer's loss, over the selected tokens at token level."""
+        if not self._pending or not model.training:
+            return super().compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
+        origin, plan = self._pending.popleft()
+        selecting = _SelectingModel(self, model, origin, plan)
+        result = super().compute_loss(
+            selecting, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
+        if selecting.num_calls != 1:
+            raise RuntimeError(
+                f"`compute_loss` of a class behind BladeMixin called `model(**inputs)` {selecting.num_calls} times; token "
+                "selection needs exactly one call. Use `granularity='sample'`, which selects before `compute_loss`."
+            )
+        return result
+
+    def _select_tokens(self, units: UnitLosses, origin: Origin, plan: Tensor | None, num_items: Any) -> Tensor:
+        """Reduce the token losses of the training forward to the loss over the selected tokens."""
+        config = self.bilevel_config
+        proxy_losses = units.losses.detach()
+        if config.score == "excess_loss":
+            scores = excess_loss(proxy_losses, plan)
+        elif config.score == "loss":
+            scores = proxy_losses
+        else:
+            scores = torch.where(proxy_losses.isfinite(), plan, proxy_losses)
+        planned = num_selected(config.selection_ratio, units.counts.sum())
+        keep = top_units(scores, units.valid, planned)
+        if config.on_non_finite == "error" and bool((units.valid & ~scores.isfinite()).any()):
+            raise FloatingPointError(self._non_finite_message())
+        score_rows = torch.where(units.valid & scores.isfinite(), scores, 0.0).sum(1)
+        self._record(origin, units.counts.sum(1), keep.sum(1), score_rows, scores, units.valid, keep)
+        total = torch.where(keep, units.losses, 0.0).sum()
+        return total / (planned.clamp(min=1) if num_items is None else num_items)
+
+    # The reference phase --------------------------------------------------------------------------------------------
+
+    @property
+    def _schedule(self) -> tuple[int, int, int]:
+        """T, K, and K of the first synchronisation."""
+        config = self.bilevel_config
+        given = (None if value == "auto" else value for value in (config.sync_steps, config.reference_steps))
+        sync_steps, reference_steps = synchronisation_schedule(*given, max_steps=max(1, self.state.max_steps))
+        first = config.first_reference_steps
+        return sync_steps, reference_steps, reference_steps if first == "auto" else first
+
+    def _synchronise_if_due(self, step: int) -> None:
+        sync_steps, reference_steps, first_reference_steps = self._schedule
+        due = (step - self.bilevel_config.warmup_steps) % sync_steps == 0
+        if (due or self._synced_at < 0) and self._synced_at != step:
+            first = self._synced_at < 0
+            self._synchronise(step, first_reference_steps if first else reference_steps, first)
+            self._synced_at = step
+
+    def _synchronise(self, step: int, num_steps: int, first: bool) -> None:
+        """Copy the proxy into the reference and train it for ``num_steps`` on its penalised objective.
+
+        The selection of the reference's own training batches is made by the proxy and the *outgoing* reference. Both
+        are frozen during this phase, so it is made before the weights are overwritten and no third model is needed.
+
+        Args:
+            step: The current optimizer step, which seeds the phase.
+            num_steps: K.
+            first: Whether there is no outgoing reference yet; then every candidate is selected.
+
+        Raises:
+            FloatingPointError: If the reference's loss ends NaN or infinite.
+        """
+        device = self.args.device
+        position = 0 if self._pool_loader is None else self._pool_loader.position
+        with private_randomness(derive_seed(self._seed, step, self.args.process_index, 1), device):
+            selections: list[Tensor] | None = None
+            if self.penalty > 0 and not first:
+                with self._scoring(), evaluating(self.model), self.reference.active() as outgoing:
+                    selections = [
+                        self._lower_selection(outgoing, self._pool_batch(position + k, step)) for k in range(num_steps)
+                    ]
+            self.reference.synchronise()
+            with self.reference.active(training=True) as reference:
+                optimizer = self._reference_optimizer(reference)
+                steps = tqdm(
+                    range(num_steps),
+                    desc="Reference model",
+                    leave=False,
+                    disable=self.args.disable_tqdm or not self.is_local_process_zero(),
+                )
+                for k in steps:
+                    with self.accelerator.autocast():
+                        target_batch = self._prepare_inputs(self._target_loader.draw())
+                        loss = self._losses(reference, target_batch).mean()
+                        if self.penalty > 0:
+                            batch = self._pool_batch(position + k, step)
+                            selection = None if selections is None else selections[k]
+                            loss = penalised_loss(loss, self._lower_loss(reference, batch, selection), self.penalty)
+                    loss.backward()
+                    self._step_reference(reference, optimizer)
+                    self._reference_losses.append(loss.detach())
+        if self._pool_loader is not None:
+            self._pool_loader.position = position + num_steps
+        last = float(self._reference_losses[-1])  # one host sync for each synchronisation
+        if last != last or abs(last) == float("inf"):
+            raise FloatingPointError(
+                f"The loss of the reference model is {last} after the synchronisation at step {step}. Lower "
+                f"`reference_learning_rate` (now {self._reference_learning_rate}) or check the target dataset."
+            )
+
+    def _pool_batch(self, position: int, step: int) -> Any:
+        if self._pool_loader is not None:
+            return self._prepare_inputs(self._pool_loader.batch_at(position))
+        index = derive_seed(self._seed, step, position, self.args.process_index) % len(self._recent)
+        return self._prepare_inputs(self._recent[index])
+
+    def _lower_selection(self, outgoing: nn.Module, batch: Any) -> Tensor:
+        units = self._losses(self.model, batch)
+        scores = excess_loss(units.losses, self._losses(outgoing, batch).losses)
+        num = num_selected(self.bilevel_config.selection_ratio, units.valid.sum())
+        return top_units(scores, units.valid, num)
+
+    def _lower_loss(self, reference: nn.Module, batch: Any, selection: Tensor | None) -> Tensor:
+        if selection is not None and self.granularity == "sample":
+            rows = selection.nonzero().flatten().tolist()
+            return self._losses(reference, pick_rows(batch, rows, len(selection))).mean()
+        units = self._losses(reference, batch)
+        finite = units.losses.detach().isfinite()
+        return units.mean(finite if selection is None else selection & finite)
+
+    @property
+    def _reference_learning_rate(self) -> float:
+        given = self.bilevel_config.reference_learning_rate
+        return self.args.learning_rate if given is None else given
+
+    def _reference_optimizer(self, reference: nn.Module) -> torch.optim.Optimizer:
+        """Build a fresh optimizer as the Trainer (or a subclass of it) builds its own."""
+        own, self.optimizer = self.optimizer, None
+        try:
+            optimizer = self.create_optimizer(reference)
+        finally:
+            self.optimizer = own
+        for group in optimizer.param_groups:
+            group["lr"] = self._reference_learning_rate
+        return optimizer
+
+    def _step_reference(self, reference: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        parameters = [p for p in reference.parameters() if p.requires_grad and p.grad is not None]
+        if self.args.world_size > 1:  # the reference is not wrapped in DDP
+            for parameter in parameters:
+                parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+        if self.args.max_grad_norm:
+            nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    # State, logging, facts ------------------------------------------------------------------------------------------
+
+    def _merge(self, tally: SelectionTally) -> None:
+        """Give all ranks the sum of all ranks' counts."""
+        tally.flush()
+        if self.args.world_size > 1:
+            length = torch.tensor([len(tally)], device=self.args.device)
+            tally.grow(int(self.accelerator.gather(length).max()))
+            tally.merge(lambda table: self.accelerator.reduce(table.to(self.args.device)).cpu())
+
+    def _shared_state(self) -> dict[str, Any]:
+        if self._is_off():
+            return {}
+        self._merge(self.sample_tally)
+        self._merge(self.domain_tally)
+        state = {"samples": self.sample_tally.state_dict(), "domains": self.domain_tally.state_dict()}
+        if self._reference_kind == "static":
+            state["fingerprint"] = self._reference_fingerprint()
+        if self._reference_kind == "dynamic":
+            state["synced_at"] = self._synced_at
+            state["reference"] = self.reference.state_dict()
+            state["target_position"] = self._target_loader.position
+            state["pool_position"] = 0 if self._pool_loader is None else self._pool_loader.position
+        return state
+
+    def _rank_state(self) -> dict[str, Any]:
+        return {"recent": list(self._recent)} if self._recent else {}
+
+    def _load_state(self, shared: dict[str, Any], rank: dict[str, Any]) -> None:
+        if self._is_off() or not shared:
+            return
+        self.sample_tally.load_state_dict(shared["samples"])
+        self.domain_tally.load_state_dict(shared["domains"])
+        if self._reference_kind == "static" and shared.get("fingerprint") != self._reference_fingerprint():
+            raise ValueError(
+                "`reference_model` has other weights than the one of the checkpoint, so the run would select other data. "
+                "Pass the same model, or start a new run."
+            )
+        if self._reference_kind == "dynamic" and "reference" in shared:
+            self._synced_at = shared["synced_at"]
+            self.reference.load_state_dict(shared["reference"])
+            self._target_loader.position = shared["target_position"]
+            if self._pool_loader is not None:
+                self._pool_loader.position = shared["pool_position"]
+        self._recent.extend(rank.get("recent", ()))
+
+    def _reference_fingerprint(self) -> float:
+        parameters = self.reference_model.parameters()
+        return float(sum(p.detach().double().abs().sum().cpu() for p in parameters))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if isinstance(self.reference, ReferenceAdapter):
+            with self.reference.hidden():
+                super()._save(output_dir, state_dict=state_dict)
+        else:
+            super()._save(output_dir, state_dict=state_dict)
+
+    def _bilevel_metrics(self) -> dict[str, float]:
+        offered, selected, scores, kept_scores, excluded = self.accelerator.reduce(self._sums.clone()).tolist()
+        self._sums.zero_()
+        metrics = {}
+        if offered:
+            name = "excess_loss" if self.bilevel_config.score == "excess_loss" else "score"
+            finite = max(1.0, offered - excluded)
+            metrics[f"blade/{name}_mean"] = scores / finite
+            metrics[f"blade/{name}_selected_mean"] = kept_scores / max(1.0, selected)
+            metrics["blade/selected_fraction"] = selected / offered
+            metrics["blade/num_excluded"] = excluded
+        if self._reference_losses:
+            metrics["blade/reference_loss"] = float(torch.stack(self._reference_losses).mean())
+            self._reference_losses = []
+        if self.bilevel_config.domain_column is not None:
+            self._merge(self.domain_tally)
+            counts = self.domain_tally.state_dict()
+            for i in range(len(self.domain_tally)):
+                before = self._logged_domains.get(i, (0.0, 0.0))
+                now = (float(counts["selected"][i]), float(counts["offered"][i]))
+                if now[1] > before[1]:
+                    name = self.domain_names[i] if self.domain_names else i
+                    metrics[f"blade/selected_fraction/{name}"] = (now[0] - before[0]) / (now[1] - before[1])
+                self._logged_domains[i] = now
+        return metrics
+
+    def bilevel_facts(self) -> dict[str, Any]:
+        """Collect the facts of the run, with the settings as they were resolved."""
+        facts = super().bilevel_facts()
+        facts["granularity"] = self.granularity
+        facts["head"] = self._head
+        facts["reference_kind"] = "none" if self._is_off() else self._reference_kind
+        if facts["reference_kind"] == "dynamic":
+            facts["sync_steps"], facts["reference_steps"], facts["first_reference_steps"] = self._schedule
+            facts["penalty"] = self.penalty
+        return facts
+
+
+class _SelectingModel:
+    """Stands in for the model in ``compute_loss``: one forward without labels, the loss over the selected tokens."""
+
+    def __init__(self, trainer: BladeMixin, model: nn.Module, origin: Origin, plan: Tensor | None) -> None:
+        self._trainer = trainer
+        self._model = model
+        self._origin = origin
+        self._plan = plan
+        self.num_calls = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, **inputs: Any) -> Any:
+        self.num_calls += 1
+        num_items = inputs.pop("num_items_in_batch", None)
+        head = self._trainer._head
+        outputs = self._model(**forward_inputs(self._model, head, inputs))
+        if not isinstance(outputs, dict):
+            raise ValueError(
+                "Token selection needs a model that returns a `ModelOutput`, and this one returns a tuple. Set "
+                "`model.config.return_dict = True`."
+            )
+        units = token_losses_from_logits(head, outputs["logits"], inputs)
+        outputs["loss"] = self._trainer._select_tokens(units, self._origin, self._plan, num_items)
+        return outputs
+
+
+class BladeTrainer(BladeMixin, Trainer):
+    """Train on what the model can still learn from the pool, judged by a small target dataset (BLADE).
+
+    Use it when the pool is noisy, mixed or off target and ``target_dataset`` shows what good means. Do not expect a gain
+    when the pool is clean and on target: compare with all data and with ``BladeConfig(score="random")``.
+
+    Change ``Trainer`` to ``BladeTrainer``, pass ``target_dataset``, and let ``per_device_train_batch_size`` be the
+    candidate batch. Everything else is as with ``Trainer``.
+
+    Cost of a step, in forward passes of the model (a forward and backward is 3): token level, 1 more, of the reference;
+    sample level, 2 on all candidates and 3 on the selected rows. Every T steps the reference takes K steps on a target
+    batch and, with ``penalty > 0``, on the selected part of a training batch (and scores it, 2 more forwards). Memory:
+    one more copy of the weights for full fine-tuning, with one set of optimizer states during the reference phase; one
+    more adapter for PEFT models.
+
+    Logged: ``blade/excess_loss_mean`` over the candidates and ``blade/excess_loss_selected_mean``, in nats;
+    ``blade/selected_fraction`` and ``blade/selected_fraction/<domain>``; ``blade/num_excluded`` since the last log;
+    ``blade/reference_loss`` after a synchronisation.
+
+    Args:
+        *args: ``model`` and ``args``, as for ``Trainer``; better passed by name.
+        target_dataset: Map-style dataset that shows what good means, with the columns of ``train_dataset``. Needed for a
+            dynamic reference.
+        bilevel_config: A ``BladeConfig``.
+        reference_model: A frozen model to compare with, for ``reference="static"``.
+        compute_sample_losses: Loss of each sample for models whose head is not known; sample level only.
+        **kwargs: Everything else that ``Trainer`` takes.
+
+    Attributes:
+        sample_tally: How often each sample's units were offered and selected, by ``sample_id``.
+        domain_tally: The same by domain.
+
+    References:
+        Wang, Xiang, Xu et al., BLADE: Scalable Bi-level Adaptive Data Selection for LLM Training, arXiv 2606.18650.
+
+    Example:
+        >>> import torch
+        >>> from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
+        >>> config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        ...                    image_size=8, patch_size=4, num_channels=1, num_labels=2)
+        >>> def images(num):
+        ...     return [{"pixel_values": torch.randn(1, 8, 8), "labels": i % 2} for i in range(num)]
+        >>> trainer = BladeTrainer(
+        ...     model=ViTForImageClassification(config),
+        ...     args=TrainingArguments("output", per_device_train_batch_size=8, max_steps=2, save_strategy="no",
+        ...                            use_cpu=True, disable_tqdm=True),
+        ...     train_dataset=images(32),
+        ...     target_dataset=images(8),
+        ...     bilevel_config=BladeConfig(selection_ratio=0.25, reference_steps=1),
+        ... )
+        >>> output = trainer.train()  # doctest: +ELLIPSIS
+        {...}
+        >>> int(trainer.sample_tally.state_dict()["selected"].sum())
+        4
+    """
