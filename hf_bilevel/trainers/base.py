@@ -503,6 +503,31 @@ class BilevelMixin:
         ranks = state["ranks"]
         self._load_state(state["shared"], ranks[self.args.process_index] if any(ranks) else {})
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._keys_were_renamed = False
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._reload_if_renamed(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        self._keys_were_renamed = False
+        super()._load_best_model()
+        self._reload_if_renamed(self.state.best_model_checkpoint)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        self._keys_were_renamed = bool(load_result.missing_keys) and bool(load_result.unexpected_keys)
+        if not self._keys_were_renamed:
+            super()._issue_warnings_after_load(load_result)
+
+    def _reload_if_renamed(self, checkpoint: str) -> None:
+        """Load a checkpoint whose keys differ from the model's, which upstream skips with a warning.
+
+        In transformers 5.23 ``save_pretrained`` writes some models (ViT) under their older names, which
+        ``from_pretrained`` translates and ``Trainer`` does not: it would resume from fresh weights.
+        """
+        if self._keys_were_renamed:
+            weights = type(self.model).from_pretrained(checkpoint, dtype=self.model.dtype).state_dict()
+            self.model.load_state_dict(weights)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict=state_dict)
         if self.args.should_save:

@@ -174,6 +174,7 @@ class BladeMixin(BilevelMixin):
     def __init__(self, *args: Any, reference_model: nn.Module | None = None, **kwargs: Any) -> None:
         self.reference_model = reference_model
         self.reference: Reference | None = None
+        self._pending: deque[tuple[Origin, Tensor | None]] = deque()  # what compute_loss needs for each micro-batch
         super().__init__(*args, **kwargs)
 
     # Setup ----------------------------------------------------------------------------------------------------------
@@ -295,7 +296,7 @@ class BladeMixin(BilevelMixin):
     def _begin_training(self) -> None:
         config, device = self.bilevel_config, self.args.device
         self.reference, self._synced_at = None, -1
-        self._pending: deque[tuple[Origin, Tensor | None]] = deque()
+        self._pending.clear()
         self._recent: deque[dict[str, Any]] = deque(maxlen=NUM_RECENT_BATCHES)
         if self._is_off():
             return

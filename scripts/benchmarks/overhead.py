@@ -1,0 +1,270 @@
+"""Seconds of an optimizer step of every method over those of a step of ``transformers.Trainer``, within one run.
+
+    python scripts/benchmarks/overhead.py --output scripts/benchmarks/results/overhead.json    # about 8 minutes, 1 thread
+    python scripts/benchmarks/overhead.py --smoke
+
+Each arm has a trainer of its own on a copy of one model and on the same random data. In every round each trainer makes one
+short ``train()`` call, in alternating order, and a callback times its steps from the end of one to the end of the next, so
+that fetching, scoring and selecting the next batch are included. The first step of a call is dropped: it holds the set-up,
+and for BLADE the first reference phase. Reported is the median over rounds of (arm / plain of the same round).
+
+``limit`` is what counting forward passes predicts, a plain step being 3; the passes of the real runs are counted too, and
+must agree. ``blade_token_amortised`` adds the reference phase at the published K / T = 300 / 1,000, from the measured cost
+of a reference step.
+"""
+
+import argparse
+import copy
+import statistics
+import tempfile
+import time
+from collections import Counter
+
+import torch
+from report import mean_and_std, print_table, write_report
+from torch import nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from hf_bilevel import BladeConfig, BladeTrainer
+
+RATIO = {"blade_token": 0.6, "blade_sample": 0.5}
+SHARE = 300 / 1000  # published K / T
+PHASE_STEPS = 2  # reference steps of a measured reference phase
+MODELS = {"vit": ("off", "blade_sample"), "llama": ("off", "blade_token", "blade_sample", "phase")}
+
+# Forward passes of one step; a reference step trains on a target batch and on a training batch that both models score.
+CALLS = {
+    "plain": {"proxy train": 1},
+    "off": {"proxy train": 1},
+    "blade_token": {"proxy train": 1, "reference score": 1},
+    "blade_sample": {"proxy train": 1, "reference score": 1, "proxy score": 1},
+    "phase": {"reference train": 2, "reference score": 1, "proxy score": 1},
+}
+EQUIVALENTS = {
+    "plain": 3,
+    "off": 3,
+    "blade_token": 3 + 1,
+    "blade_sample": 2 + 3 * RATIO["blade_sample"],
+    "phase": 6 + 2,
+}
+EQUIVALENTS["blade_token_amortised"] = EQUIVALENTS["blade_token"] + SHARE * EQUIVALENTS["phase"]
+TARGETS = {
+    "step_ratio/vit/off": 1.02,
+    "step_ratio/llama/off": 1.02,
+    "step_ratio/llama/blade_token": 1.40,
+    "step_ratio/vit/blade_sample": 1.10 * EQUIVALENTS["blade_sample"] / 3,
+    "step_ratio/llama/blade_sample": 1.10 * EQUIVALENTS["blade_sample"] / 3,
+}
+
+
+def build(model_name: str, num_rows: int, seed: int, smoke: bool) -> tuple[nn.Module, list[dict]]:
+    """Random weights and random data: the time of a step does not depend on either."""
+    torch.manual_seed(seed)
+    if model_name == "vit":  # ViT-S on 64 patches, at half its width
+        layers, width = (2, 64) if smoke else (12, 192)
+        shape = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": width // 64}
+        config = ViTConfig(**shape, intermediate_size=4 * width, image_size=32, patch_size=4, num_labels=100)
+        data = [{"pixel_values": torch.randn(3, 32, 32), "labels": i % 100} for i in range(num_rows)]
+        return ViTForImageClassification(config), data
+    layers, width, vocabulary, length = (2, 64, 512, 64) if smoke else (4, 256, 8192, 128)
+    shape = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(**shape, intermediate_size=8 * width // 3, vocab_size=vocabulary, use_cache=False)
+    tokens = torch.randint(vocabulary, (num_rows, length))
+    return LlamaForCausalLM(config), [{"input_ids": row, "labels": row} for row in tokens]
+
+
+class StepClock(TrainerCallback):
+    """Seconds between the ends of consecutive steps: a whole step, with fetching and selecting its batch."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.ends.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        return [end - start for start, end in zip(self.ends, self.ends[1:], strict=False)]
+
+
+def make_trainer(arm: str, model: nn.Module, data: list[dict], batch_size: int, steps: int, folder: str) -> Trainer:
+    """Build the trainer of one arm; each of its ``train()`` calls makes 1 + ``steps`` steps."""
+    # Beyond the run, so that only the dropped first step has a reference phase: the smallest there is.
+    no_phase = {"sync_steps": 10**6, "reference_steps": 1, "penalty": 0, "target_batch_size": 1}
+    configs = {
+        "off": BladeConfig(selection_ratio=1),
+        "blade_token": BladeConfig(selection_ratio=RATIO["blade_token"], granularity="token", **no_phase),
+        "blade_sample": BladeConfig(selection_ratio=RATIO["blade_sample"], granularity="sample", **no_phase),
+        # As published otherwise; steps 0 and 2 synchronise, so the second of two timed steps does and the first does not.
+        "phase": BladeConfig(sync_steps=2, reference_steps=PHASE_STEPS, first_reference_steps=1),
+    }
+    args = TrainingArguments(
+        folder,
+        per_device_train_batch_size=batch_size,
+        max_steps=1 + (2 if arm == "phase" else steps),
+        learning_rate=1e-4,
+        lr_scheduler_type="constant",
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    ours = {} if arm == "plain" else {"target_dataset": data, "bilevel_config": configs[arm]}
+    trainer = (Trainer if arm == "plain" else BladeTrainer)(
+        model=copy.deepcopy(model), args=args, train_dataset=data, **ours
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def train(trainer: Trainer) -> list[float]:
+    """Seconds of every step of one ``train()`` call but the first."""
+    clock = StepClock()
+    trainer.add_callback(clock)
+    trainer.train()
+    trainer.remove_callback(clock)
+    return clock.seconds()
+
+
+def count_forwards(arm: str, trainer: Trainer) -> float:
+    """Count the forward passes of real steps, check them against ``CALLS``, return forward-equivalents of one step."""
+    clock, calls, rows = StepClock(), Counter(), Counter()
+
+    def count(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if clock.ends:  # past the first step
+            who = "proxy" if module is trainer.model else "reference"
+            what = "train" if torch.is_grad_enabled() else "score"
+            calls[f"{who} {what}"] += 1
+            rows[what] += len(kwargs[module.main_input_name])
+
+    hook = trainer.model.register_forward_pre_hook(count, with_kwargs=True)  # the reference, a copy, takes it along
+    trainer.add_callback(clock)
+    trainer.train()
+    trainer.remove_callback(clock)
+    hook.remove()
+    steps = len(clock.ends) - 1
+    if arm == "phase":  # two token-level steps beside the reference steps
+        for name, number in CALLS["blade_token"].items():
+            calls[name] -= steps * number
+        rows.subtract({what: steps * trainer.args.per_device_train_batch_size for what in ("train", "score")})
+        steps = PHASE_STEPS
+    per_step = {name: number / steps for name, number in calls.items() if number}
+    assert per_step == CALLS[arm], (arm, per_step, CALLS[arm])
+    equivalents = (3 * rows["train"] + rows["score"]) / (steps * trainer.args.per_device_train_batch_size)
+    assert abs(equivalents - EQUIVALENTS[arm]) < 1e-9, (arm, equivalents, EQUIVALENTS[arm])
+    return equivalents
+
+
+def measure(model_name: str, seed: int, batch_size: int, steps: int, rounds: int, smoke: bool) -> list[dict]:
+    """Run all arms of a model in alternation; one row for each."""
+    model, data = build(model_name, batch_size * (1 + steps), seed, smoke)
+    arms = ("plain", *MODELS[model_name])
+    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = {arm: make_trainer(arm, model, data, batch_size, steps, folder) for arm in arms}
+        equivalents = {arm: count_forwards(arm, trainer) for arm, trainer in trainers.items()}  # warms up as well
+        for i in range(rounds):
+            for arm in arms if i % 2 == 0 else reversed(arms):  # a drift of the machine hits all arms alike
+                times = train(trainers[arm])
+                # Of a reference phase: what a step that synchronises takes more than the one before it, per reference step.
+                seconds[arm].append(
+                    (times[1] - times[0]) / PHASE_STEPS if arm == "phase" else statistics.median(times)
+                )
+    ratios = {arm: [t / plain for t, plain in zip(seconds[arm], seconds["plain"], strict=True)] for arm in arms}
+    if "phase" in arms:
+        pairs = zip(ratios["blade_token"], ratios["phase"], strict=True)
+        ratios["blade_token_amortised"] = [step + SHARE * phase for step, phase in pairs]
+        equivalents["blade_token_amortised"] = equivalents["blade_token"] + SHARE * equivalents["phase"]
+    return [
+        {
+            "model": model_name,
+            "arm": "reference_phase_step" if arm == "phase" else arm,
+            "seed": seed,
+            "parameters": model.num_parameters(),
+            "seconds": statistics.median(seconds[arm]) if arm in seconds else None,
+            "forward_equivalents": equivalents[arm],
+            "limit": equivalents[arm] / 3,
+            "ratio": statistics.median(ratios[arm]),
+            "ratio_range": [min(ratios[arm]), max(ratios[arm])],
+            "ratios": ratios[arm],
+        }
+        for arm in ratios
+    ]
+
+
+def summarise(rows: list[dict]) -> dict[str, float]:
+    """Medians over all rounds of all seeds, with the standard deviation of a round."""
+    summary = {}
+    for model, arm in dict.fromkeys((row["model"], row["arm"]) for row in rows if row["arm"] != "plain"):
+        own = [row for row in rows if (row["model"], row["arm"]) == (model, arm)]
+        ratios = [ratio for row in own for ratio in row["ratios"]]
+        name = f"{arm}/{model}" if arm == "reference_phase_step" else f"step_ratio/{model}/{arm}"
+        summary[name] = statistics.median(ratios)
+        summary[f"{name}/std"] = mean_and_std(ratios)[1]
+        if arm == "reference_phase_step":
+            summary[f"limit/{name}"] = own[0]["limit"]
+        else:
+            summary[f"limit/{model}/{arm}"] = own[0]["limit"]
+            summary[f"forward_equivalents/{model}/{arm}"] = own[0]["forward_equivalents"]
+    return summary
+
+
+def main(argv: list[str] | None = None) -> dict:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="tiny models and two rounds")
+    parser.add_argument("--seeds", type=int, default=1, help="repetitions with other weights and data")
+    parser.add_argument("--rounds", type=int, help="alternations of the arms for each seed; 20, or 2 with --smoke")
+    parser.add_argument("--output", help="JSON file to write")
+    options = parser.parse_args(argv)
+    rounds = options.rounds or (2 if options.smoke else 20)
+    batch_size, steps = (4, 2) if options.smoke else (8, 4)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # repeatable: other work on the machine then takes another core
+    try:
+        rows = []
+        for seed in range(options.seeds):
+            for name in MODELS:
+                rows += measure(name, seed, batch_size, steps, rounds, options.smoke)
+        config = {
+            **{"smoke": options.smoke, "seeds": options.seeds, "rounds": rounds, "timed_steps": steps},
+            **{"batch_size": batch_size, "selection_ratio": RATIO, "threads": 1},
+            "reference_steps_per_step": SHARE,
+            "targets": TARGETS,
+            "notes": [
+                "The plain arm trains on all candidates, also where blade_sample trains on the selected half.",
+                "std and ratio_range are over rounds.",
+                "A reference step of the phase: penalty 1, target batch as large as the candidate batch.",
+            ],
+        }
+        summary = summarise(rows)
+        report = write_report("overhead", config, rows, summary, options.output)
+    finally:
+        torch.set_num_threads(threads)
+    print_table(
+        ["model", "arm", "seconds", "ratio", "range", "limit"],
+        [
+            [
+                *(row["model"], row["arm"], f"{row['seconds']:.4f}" if row["seconds"] else ""),
+                *(f"{row['ratio']:.3f}", "{:.3f}-{:.3f}".format(*row["ratio_range"]), f"{row['limit']:.3f}"),
+            ]
+            for row in rows
+        ],
+    )
+    for name, target in TARGETS.items():
+        print(
+            f"{name} {summary[name]:.3f}, target of the full run {target:.3f}: {'met' if summary[name] <= target else 'MISSED'}"
+        )
+    return report
+
+
+if __name__ == "__main__":
+    main()
