@@ -188,11 +188,7 @@ def token_losses_from_logits(
         ValueError: If logits and labels have different lengths, as with virtual prompt tokens.
     """
     labels = _aligned_labels(head, batch)
-    if logits.shape[:2] != labels.shape:
-        raise ValueError(
-            f"The logits have {tuple(logits.shape[:2])} positions and the labels {tuple(labels.shape)}, so losses cannot "
-            "be assigned to tokens. Virtual tokens (prompt or prefix tuning) are not supported; LoRA is."
-        )
+    _check_positions(logits, labels)
     losses = F.cross_entropy(
         _wide(logits).flatten(0, 1),
         labels.flatten(),
@@ -292,6 +288,14 @@ def _aligned_labels(head: str, batch: Mapping[str, Any]) -> Tensor:
     return F.pad(batch["labels"], (0, 1), value=IGNORE_INDEX)[..., 1:]
 
 
+def _check_positions(scored: Tensor, labels: Tensor) -> None:
+    if scored.shape[:2] != labels.shape:
+        raise ValueError(
+            f"The logits have {tuple(scored.shape[:2])} positions and the labels {tuple(labels.shape)}, so losses cannot "
+            "be assigned to tokens. Virtual tokens (prompt or prefix tuning) are not supported; LoRA is."
+        )
+
+
 def _wide(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -359,12 +363,16 @@ def _chunked_token_losses(
     ``linear_cross_entropy`` is not used here: its chunked path prepares gradients in the forward pass (measured on a
     CPU, 1,024 tokens, 49,152 classes: 10 s against 1.5 s) and rounds the losses of bfloat16 inputs to bfloat16.
     """
-    recorded: list[Tensor] = []
+    recorded: list[tuple[Tensor, Tensor, torch.autocast]] = []
     forward, patched = output_embedding.forward, vars(output_embedding).get("forward")
 
     def record(hidden: Tensor) -> Tensor:
-        recorded.append(hidden)
-        return forward(hidden[:, :1])
+        # Accelerate's autocast ends with the model's forward pass, so it is entered again below.
+        kind = hidden.device.type
+        autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        first = forward(hidden[:, :1])
+        recorded.append((hidden, first, autocast))
+        return first
 
     output_embedding.forward = record
     try:
@@ -374,29 +382,31 @@ def _chunked_token_losses(
             del output_embedding.forward  # uncovers the method of the class
         else:
             output_embedding.forward = patched
-    (hidden,) = recorded
+    ((hidden, first, autocast),) = recorded
     base = unwrap(model)
     if not hasattr(base, "_bilevel_scores_logits"):
-        # Once per model: some models scale or cap the logits after this layer (Gemma, Cohere, Granite).
-        base._bilevel_scores_logits = not torch.allclose(first_logits, forward(hidden[:, :1]).to(first_logits.dtype))
+        # Once per model: some models scale or cap the logits after this layer (Gemma, Cohere, Granite). To the last
+        # bit: near 0, where a model trained from scratch starts, a cap is almost the identity.
+        base._bilevel_scores_logits = not torch.equal(first_logits, first.to(first_logits.dtype))
         if base._bilevel_scores_logits:
             return token_losses_from_logits(head, _logits(model(**inputs)), batch, label_smoothing)
 
     labels = _aligned_labels(head, batch)
+    _check_positions(hidden, labels)
     # A chunk's logits, and two copies of them inside the cross-entropy, stay near 3 * 32 MiB.
     rows = max(1, 8 * 2**20 // output_embedding.weight.shape[0])
-    losses = torch.cat(
-        [
-            F.cross_entropy(
-                _wide(forward(hidden_rows)),
-                label_rows,
-                reduction="none",
-                ignore_index=IGNORE_INDEX,
-                label_smoothing=label_smoothing,
-            )
-            for hidden_rows, label_rows in zip(
-                hidden.flatten(0, 1).split(rows), labels.flatten().split(rows), strict=True
-            )
-        ]
-    )
+    chunks = zip(hidden.flatten(0, 1).split(rows), labels.flatten().split(rows), strict=True)
+    with autocast:
+        losses = torch.cat(
+            [
+                F.cross_entropy(
+                    _wide(forward(hidden_rows)),
+                    label_rows,
+                    reduction="none",
+                    ignore_index=IGNORE_INDEX,
+                    label_smoothing=label_smoothing,
+                )
+                for hidden_rows, label_rows in chunks
+            ]
+        )
     return UnitLosses(losses.view(labels.shape), (labels != IGNORE_INDEX).long())

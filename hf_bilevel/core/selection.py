@@ -197,7 +197,7 @@ class SelectionTally:
             return
         ids, *columns = (torch.cat(column).cpu() for column in zip(*self._pending, strict=True))
         self._pending = []
-        self.grow(int(ids.max()) + 1)
+        self.grow(int(ids.max()) + 1 if len(ids) else 0)  # a batch may be empty
         for field, column in zip(self.fields, columns, strict=True):
             self._own[field].index_add_(0, ids, column.double())
 

@@ -44,22 +44,6 @@ FACTS_NAME = "bilevel_facts.json"
 logger = logging.getLogger(__name__)
 
 
-def number_or_auto(kind: type, help: str) -> Any:
-    """Declare a config field that is a number or "auto".
-
-    ``HfArgumentParser`` reads ``int | str`` from the command line as a string, so such a field is declared a string and
-    converted on construction; Python callers pass numbers.
-
-    Args:
-        kind: int or float.
-        help: Text for the command line.
-
-    Returns:
-        A dataclass field.
-    """
-    return field(default="auto", metadata={"help": help, "auto": kind})
-
-
 @dataclass
 class BilevelConfig:
     """Settings that all methods share. Use the config of a method, such as ``BladeConfig``.
@@ -87,12 +71,16 @@ class BilevelConfig:
         default=None, metadata={"help": "Names of the domains, in the order of their ids; for streaming datasets."}
     )
 
+    # Fields that are a number of this type or "auto". They are declared strings, since HfArgumentParser reads `int | str`
+    # from the command line as a string, and converted on construction; Python callers pass numbers.
+    _numbers_or_auto: ClassVar[dict[str, type]] = {}
+
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for entry in fields(self):
             value = getattr(self, entry.name)
-            if "auto" in entry.metadata:
-                setattr(self, entry.name, _parse_number_or_auto(entry.name, value, entry.metadata["auto"]))
+            if entry.name in self._numbers_or_auto:
+                setattr(self, entry.name, _parse_number_or_auto(entry.name, value, self._numbers_or_auto[entry.name]))
             elif not _has_type(value, hints[entry.name]):
                 raise TypeError(_wrong_type(entry.name, value, _type_name(hints[entry.name])))
         if self.target_batch_size is not None and self.target_batch_size < 1:

@@ -35,11 +35,14 @@ from hf_bilevel.losses import (
     unit_losses,
     unsupported_head,
 )
-from hf_bilevel.trainers.base import BilevelConfig, BilevelMixin, number_or_auto
+from hf_bilevel.trainers.base import BilevelConfig, BilevelMixin
 from hf_bilevel.trainers.reference import Reference, ReferenceAdapter, ReferenceCopy, check_adapter, is_peft_model
 
 NUM_RECENT_BATCHES = 32
 """Candidate batches of a stream that the reference model trains on; a stream cannot be read twice."""
+
+NUM_SCORED_TOGETHER = 8
+"""Batches scored by one model before the other takes its turn: an adapter or a parked copy is swapped in once for them."""
 
 _TARGET_STREAM, _POOL_STREAM = 1, 2  # tell the seeds of the two loaders apart
 
@@ -111,10 +114,18 @@ class BladeConfig(BilevelConfig):
     granularity: str = field(default="auto", metadata={"help": "What is selected: auto, token or sample."})
     reference: str = field(default="dynamic", metadata={"help": "Reference model: dynamic, static or none."})
     score: str = field(default="excess_loss", metadata={"help": "What ranks candidates: excess_loss, loss or random."})
-    sync_steps: str = number_or_auto(int, "Optimizer steps between synchronisations (T), or auto.")
-    reference_steps: str = number_or_auto(int, "Steps of the reference model after a synchronisation (K), or auto.")
-    first_reference_steps: str = number_or_auto(int, "Steps after the first synchronisation, or auto for K.")
-    penalty: str = number_or_auto(float, "Weight of the training data in the reference's objective, or auto.")
+    sync_steps: str = field(
+        default="auto", metadata={"help": "Optimizer steps between synchronisations (T), or auto."}
+    )
+    reference_steps: str = field(
+        default="auto", metadata={"help": "Steps of the reference model after a synchronisation (K), or auto."}
+    )
+    first_reference_steps: str = field(
+        default="auto", metadata={"help": "Steps after the first synchronisation, or auto for K."}
+    )
+    penalty: str = field(
+        default="auto", metadata={"help": "Weight of the training data in the reference's objective, or auto."}
+    )
     reference_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the reference model; the trainer's if not set."}
     )
@@ -129,6 +140,12 @@ class BladeConfig(BilevelConfig):
         default="exclude", metadata={"help": "Candidates with a NaN or infinite loss: exclude or error."}
     )
 
+    _numbers_or_auto: ClassVar[dict[str, type]] = {
+        "sync_steps": int,
+        "reference_steps": int,
+        "first_reference_steps": int,
+        "penalty": float,
+    }
     _choices: ClassVar[dict[str, tuple[str, ...]]] = {
         "granularity": ("auto", "sample", "token"),
         "reference": ("dynamic", "none", "static"),
@@ -366,28 +383,29 @@ class BladeMixin(BilevelMixin):
             compute_sample_losses=self.compute_sample_losses,
         )
 
-    def _score_samples(self, batches: list[Any]) -> list[tuple[Tensor, Tensor]]:
-        """Score the rows of candidate batches: (scores, valid) for each; one forward of each model a batch."""
+    def _score(self, batches: list[Any], score: str) -> list[tuple[Tensor, Tensor]]:
+        """Score the units of candidate batches: (scores, valid) for each; one forward of each model a batch.
+
+        All batches pass through the proxy first: a reference that is an adapter replaces it while active.
+        """
         with evaluating(self.model):
             units = [self._losses(self.model, batch) for batch in batches]
-        if self.bilevel_config.score == "random":
+        if score == "random":
             # Still one forward of the proxy: a loss that is not finite must not be drawn either.
             draws = [torch.rand(u.losses.shape).to(u.losses.device) for u in units]
             scores = [torch.where(u.losses.isfinite(), draw, u.losses) for u, draw in zip(units, draws, strict=True)]
-        elif self.bilevel_config.score == "loss":
+        elif score == "loss":
             scores = [u.losses for u in units]
         else:
             with self.reference.active() as reference:
-                scores = [
-                    excess_loss(u.losses, self._losses(reference, batch).losses)
-                    for u, batch in zip(units, batches, strict=True)
-                ]
-        return [(score, u.valid) for score, u in zip(scores, units, strict=True)]
+                references = [self._losses(reference, batch) for batch in batches]
+            scores = [excess_loss(u.losses, r.losses) for u, r in zip(units, references, strict=True)]
+        return [(scored, u.valid) for scored, u in zip(scores, units, strict=True)]
 
     def _pick_samples(self, batches: list[Any], prepared: list[Any], origins: list[Origin]) -> list[Any]:
         ratio = self.bilevel_config.selection_ratio
         keeps = []
-        for (scores, valid), origin in zip(self._score_samples(prepared), origins, strict=True):
+        for (scores, valid), origin in zip(self._score(prepared, self.bilevel_config.score), origins, strict=True):
             if len(scores) != len(origin):
                 raise ValueError(
                     f"A batch of {len(origin)} samples gave {len(scores)} losses. Padding-free batches hold several "
@@ -542,12 +560,9 @@ class BladeMixin(BilevelMixin):
         device = self.args.device
         position = 0 if self._pool_loader is None else self._pool_loader.position
         with private_randomness(derive_seed(self._seed, step, self.args.process_index, 1), device):
-            selections: list[Tensor] | None = None
+            selections = None
             if self.penalty > 0 and not first:
-                with self._scoring(), evaluating(self.model), self.reference.active() as outgoing:
-                    selections = [
-                        self._lower_selection(outgoing, self._pool_batch(position + k, step)) for k in range(num_steps)
-                    ]
+                selections = self._lower_selections(range(position, position + num_steps), step)
             self.reference.synchronise()
             with self.reference.active(training=True) as reference:
                 optimizer = self._reference_optimizer(reference)
@@ -583,11 +598,17 @@ class BladeMixin(BilevelMixin):
         index = derive_seed(self._seed, step, position, self.args.process_index) % len(self._recent)
         return self._prepare_inputs(self._recent[index])
 
-    def _lower_selection(self, outgoing: nn.Module, batch: Any) -> Tensor:
-        units = self._losses(self.model, batch)
-        scores = excess_loss(units.losses, self._losses(outgoing, batch).losses)
-        num = num_selected(self.bilevel_config.selection_ratio, units.valid.sum())
-        return top_units(scores, units.valid, num)
+    def _lower_selections(self, positions: range, step: int) -> list[Tensor]:
+        """Select from the reference's training batches, by the proxy and the outgoing reference."""
+        selections = []
+        for start in range(0, len(positions), NUM_SCORED_TOGETHER):
+            batches = [self._pool_batch(position, step) for position in positions[start : start + NUM_SCORED_TOGETHER]]
+            with self._scoring():
+                scored = self._score(batches, "excess_loss")
+            for scores, valid in scored:
+                num = num_selected(self.bilevel_config.selection_ratio, valid.sum())
+                selections.append(top_units(scores, valid, num))
+        return selections
 
     def _lower_loss(self, reference: nn.Module, batch: Any, selection: Tensor | None) -> Tensor:
         if selection is not None and self.granularity == "sample":

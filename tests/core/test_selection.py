@@ -169,7 +169,10 @@ def test_top_units_is_for_the_layout_in_memory_order_of_the_tensor() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_top_units_leaves_its_arguments_alone(dtype: torch.dtype) -> None:
-    scores, eligible = torch.tensor([3.0, float("nan"), 1.0, 2.0], dtype=dtype), torch.tensor([True, True, True, False])
+    scores, eligible = (
+        torch.tensor([3.0, float("nan"), 1.0, 2.0], dtype=dtype),
+        torch.tensor([True, True, True, False]),
+    )
     before = scores.clone(), eligible.clone()
     assert top_units(scores, eligible, 2).tolist() == [True, False, True, False]
     torch.testing.assert_close((scores, eligible), before, rtol=0, atol=0, equal_nan=True)

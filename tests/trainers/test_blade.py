@@ -1,0 +1,902 @@
+"""BladeTrainer against brute force: what is selected, what it is divided by, what it costs, and what it refuses."""
+
+import copy
+import logging
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from tiny import LENGTH, VOCABULARY, arguments, make_dataset, make_model, make_rows, make_trainer, parameters_of
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForTokenClassification,
+    HfArgumentParser,
+    T5Config,
+    T5ForConditionalGeneration,
+    TrainerCallback,
+)
+
+from hf_bilevel import BladeConfig, BladeTrainer
+
+STATIC = {"reference": "static", "selection_ratio": 0.5}
+
+
+class Recorder(TrainerCallback):
+    """Keep the weights before each optimizer step and the gradients that it uses."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, torch.Tensor]] = []
+        self.gradients: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+        self.weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        self.gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+
+class RecordingTrainer(BladeTrainer):
+    """Keep the candidate batches of each optimizer step and what is made of them."""
+
+    def _select(self, batches: Any, origins: Any, num_items: Any) -> Any:
+        candidates = [dict(batch) for batch in batches]
+        result = super()._select(batches, origins, num_items)
+        self.__dict__.setdefault("steps", []).append((candidates, origins, result))
+        return result
+
+
+def train(
+    name: str, folder: Path, settings: dict[str, Any], *, trainer_kwargs: dict[str, Any] | None = None, **kwargs: Any
+) -> tuple[RecordingTrainer, Recorder]:
+    recorder = Recorder()
+    extra = {
+        "target_dataset": make_dataset(name, 10, seed=7),
+        "bilevel_config": BladeConfig(**settings),
+        "callbacks": [recorder],
+        **(trainer_kwargs or {}),
+    }
+    model = kwargs.pop("model", None)
+    model = make_model(name).double() if model is None else model
+    trainer = make_trainer(
+        RecordingTrainer, name, folder, model=model, max_grad_norm=0.0, optim="sgd", trainer_kwargs=extra, **kwargs
+    )
+    trainer.train()
+    assert recorder.gradients and any(g.abs().max() > 0 for g in recorder.gradients[-1].values())
+    return trainer, recorder
+
+
+def other_model(name: str) -> torch.nn.Module:
+    model = make_model(name).double()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return model
+
+
+def at(name: str, weights: dict[str, torch.Tensor]) -> torch.nn.Module:
+    model = make_model(name).double().eval()
+    model.load_state_dict(weights, strict=False)
+    return model
+
+
+def sample_loss(model: torch.nn.Module, row: dict[str, Any]) -> torch.Tensor:
+    """The model's own loss on one row alone."""
+    inputs = {key: torch.as_tensor(value)[None] for key, value in row.items() if key != "source"}
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].double()
+    return model(**inputs).loss
+
+
+def token_losses(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[tuple[int, int], torch.Tensor]:
+    """{(row, position): loss}, one cross-entropy at a time."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    result = {}
+    for i in range(len(batch["labels"])):
+        for t in range(LENGTH - 1):
+            label = int(batch["labels"][i, t + 1])
+            if label != -100:
+                result[i, t] = -F.log_softmax(logits[i, t], dim=0)[label]
+    return result
+
+
+# Exact answers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["vit", "bert"])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_static_reference_is_the_rho_loss_formula(name: str, accumulation: int, tmp_path: Path) -> None:
+    """RHO-LOSS: of each large batch, train on the rows with the largest loss minus irreducible loss."""
+    reference = other_model(name)
+    irreducible = copy.deepcopy(reference)
+    trainer, recorder = train(
+        name,
+        tmp_path,
+        {**STATIC, "granularity": "sample"},
+        trainer_kwargs={"reference_model": reference},
+        gradient_accumulation_steps=accumulation,
+        max_steps=3,
+        num_pool=32 if accumulation == 1 else 20,  # 20: the last batch has 4 rows and the last window is short
+    )
+    rows = make_rows(name, 64)
+    differed = False
+    for (_, origins, (picked, _)), weights, gradient in zip(
+        trainer.steps, recorder.weights, recorder.gradients, strict=True
+    ):
+        proxy = at(name, weights)
+        chosen = []
+        for origin, batch in zip(origins, picked, strict=True):
+            scores = {
+                i: (sample_loss(proxy, rows[i]) - sample_loss(irreducible, rows[i])).item()
+                for i in origin.sample_ids.tolist()
+            }
+            best = sorted(scores, key=scores.get, reverse=True)[: math.ceil(len(scores) / 2)]
+            assert batch["labels"].tolist() == [rows[i]["labels"] for i in origin.sample_ids.tolist() if i in best]
+            losses = {i: sample_loss(proxy, rows[i]).item() for i in scores}
+            differed |= set(best) != set(sorted(losses, key=losses.get, reverse=True)[: len(best)])
+            chosen.append(best)
+        if name == "vit":  # whose loss is divided by the items of the whole window; BERT's is a mean of its own
+            proxy.zero_grad()
+            total = sum(len(best) for best in chosen)
+            sum(sample_loss(proxy, rows[i]) for best in chosen for i in best).div(total).backward()
+            for key, parameter in proxy.named_parameters():
+                torch.testing.assert_close(gradient[key], parameter.grad, rtol=0, atol=1e-10)
+    assert differed, "the reference must change what is selected"
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("score", ["excess_loss", "loss"])
+def test_token_selection_by_brute_force(score: str, accumulation: int, tmp_path: Path) -> None:
+    """Rho-1: the loss is the sum over the selected tokens of all micro-batches, over their number."""
+    reference = other_model("llama")
+    kwargs = {"reference_model": copy.deepcopy(reference)} if score == "excess_loss" else {}
+    trainer, recorder = train(
+        "llama",
+        tmp_path,
+        {"reference": "static", "selection_ratio": 0.3, "score": score},
+        trainer_kwargs=kwargs,
+        gradient_accumulation_steps=accumulation,
+        max_steps=3,
+        num_pool=20,
+    )
+    for (candidates, _, (_, num_items)), weights, gradient in zip(
+        trainer.steps, recorder.weights, recorder.gradients, strict=True
+    ):
+        proxy = at("llama", weights)
+        total, planned = 0.0, 0
+        for batch in candidates:
+            losses = token_losses(proxy, batch)
+            baseline = token_losses(reference, batch) if score == "excess_loss" else dict.fromkeys(losses, 0.0)
+            num = math.ceil(0.3 * len(losses))
+            kept = sorted(losses, key=lambda key: (losses[key] - baseline[key]).item(), reverse=True)[:num]
+            assert len(kept) < len(losses)
+            total, planned = total + sum(losses[key] for key in kept), planned + num
+        assert int(num_items) == planned
+        (total / planned).backward()
+        for key, parameter in proxy.named_parameters():
+            torch.testing.assert_close(gradient[key], parameter.grad, rtol=0, atol=1e-10)
+
+
+def test_reference_phase_by_brute_force(tmp_path: Path) -> None:
+    """Two synchronisations, written out: copy, select with the outgoing reference, step on upper + penalty * lower."""
+    settings = {
+        "selection_ratio": 0.5,
+        "sync_steps": 2,
+        "reference_steps": 3,
+        "first_reference_steps": 4,
+        "penalty": 0.7,
+        "reference_learning_rate": 0.3,
+        "target_batch_size": 5,
+    }
+    trainer = make_trainer(
+        RecordingTrainer,
+        "vit",
+        tmp_path,
+        model=make_model("vit").double(),
+        optim="sgd",
+        max_steps=4,
+        max_grad_norm=0.0,
+        save_strategy="steps",
+        save_steps=1,
+        trainer_kwargs={"target_dataset": make_dataset("vit", 10, seed=7), "bilevel_config": BladeConfig(**settings)},
+    )
+    trainer.train()
+    target = trainer._endless_loader(trainer.target_dataset, 5, 1)
+    pool = trainer._endless_loader(trainer.train_dataset, 8, 2)
+    reference: torch.nn.Module | None = None
+
+    def losses(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return F.cross_entropy(
+            model(pixel_values=batch["pixel_values"].double()).logits, batch["labels"], reduction="none"
+        )
+
+    for step, num_steps in ((0, 4), (2, 3)):
+        proxy = make_model("vit").double().eval()
+        if step:
+            saved = type(proxy).from_pretrained(tmp_path / f"checkpoint-{step}", dtype=torch.float64)
+            proxy.load_state_dict(saved.state_dict())
+        outgoing, reference = reference, copy.deepcopy(proxy)
+        for _ in range(num_steps):
+            upper_batch, lower_batch = target.draw(), pool.draw()
+            keep = torch.arange(8)
+            if outgoing is not None:
+                with torch.no_grad():
+                    keep = (losses(proxy, lower_batch) - losses(outgoing, lower_batch)).topk(4).indices
+            loss = losses(reference, upper_batch).mean() + 0.7 * losses(reference, lower_batch)[keep].mean()
+            gradients = torch.autograd.grad(loss, list(reference.parameters()))
+            with torch.no_grad():
+                for parameter, gradient in zip(reference.parameters(), gradients, strict=True):
+                    parameter.sub_(0.3 * gradient)
+        state = torch.load(tmp_path / f"checkpoint-{step + 1}" / "bilevel_state.pt", weights_only=True)
+        expected = reference.state_dict()
+        assert expected.keys() == state["shared"]["reference"].keys()
+        for key, value in state["shared"]["reference"].items():
+            torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-10)
+
+
+def test_identical_scores_keep_the_first_rows(tmp_path: Path) -> None:
+    """A frozen copy of the untrained model: all excess losses are 0 at the first step."""
+    trainer, _ = train(
+        "vit", tmp_path, STATIC, trainer_kwargs={"reference_model": make_model("vit").double()}, max_steps=1
+    )
+    ((candidates,), _, ((picked,), _)) = trainer.steps[0]
+    assert torch.equal(picked["pixel_values"], candidates["pixel_values"][:4])
+
+
+def test_controls_need_no_reference(tmp_path: Path) -> None:
+    runs = {}
+    for score in ("random", "loss"):
+        for name in ("vit", "llama"):
+            kwargs = {"target_dataset": None}
+            trainer, _ = train(name, tmp_path, {"selection_ratio": 0.5, "score": score}, trainer_kwargs=kwargs)
+            assert trainer.reference is None
+            runs[score, name] = parameters_of(trainer)
+    assert not torch.equal(runs["random", "vit"], runs["loss", "vit"])
+    assert not torch.equal(runs["random", "llama"], runs["loss", "llama"])
+
+
+def test_highest_loss_is_higher_than_random(tmp_path: Path) -> None:
+    logs = {}
+    for score in ("random", "loss"):
+        trainer, _ = train("vit", tmp_path, {"selection_ratio": 0.25, "score": score}, logging_steps=1)
+        logs[score] = trainer.state.log_history[0]
+        assert logs[score]["blade/selected_fraction"] == 0.25
+    assert logs["loss"]["loss"] > logs["random"]["loss"]
+
+
+# Cost -----------------------------------------------------------------------------------------------------------------
+
+
+class CountForwards(TrainerCallback):
+    def __init__(self) -> None:
+        self.counts = {"proxy": 0, "proxy_without_gradients": 0, "reference": 0}
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        def count_proxy(module: torch.nn.Module, inputs: Any) -> None:
+            self.counts["proxy" if torch.is_grad_enabled() else "proxy_without_gradients"] += 1
+
+        def count_reference(module: torch.nn.Module, inputs: Any) -> None:
+            self.counts["reference"] += 1
+
+        model.register_forward_pre_hook(count_proxy)
+        if self.trainer.reference is not None:
+            self.trainer.reference.module.register_forward_pre_hook(count_reference)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        ("llama", {**STATIC}, {"proxy": 6, "proxy_without_gradients": 0, "reference": 6}),
+        (
+            "llama",
+            {"selection_ratio": 0.5, "score": "loss"},
+            {"proxy": 6, "proxy_without_gradients": 0, "reference": 0},
+        ),
+        ("vit", {**STATIC}, {"proxy": 6, "proxy_without_gradients": 6, "reference": 6}),
+        ("vit", {"selection_ratio": 1.0}, {"proxy": 6, "proxy_without_gradients": 0, "reference": 0}),
+        # one synchronisation at step 0 (3 reference steps) and one at step 2 (3 more, each selected by two forwards)
+        (
+            "llama",
+            {"selection_ratio": 0.5, "sync_steps": 2, "reference_steps": 3},
+            {"proxy": 6, "proxy_without_gradients": 3, "reference": 6 + 3 * 2 + 3 * 3},
+        ),
+        (
+            "llama",
+            {"selection_ratio": 0.5, "sync_steps": 2, "reference_steps": 3, "penalty": 0},
+            {"proxy": 6, "proxy_without_gradients": 0, "reference": 6 + 3 + 3},
+        ),
+    ],
+)
+def test_number_of_forward_passes(name: str, settings: dict, expected: dict[str, int], tmp_path: Path) -> None:
+    """Three optimizer steps of two micro-batches each."""
+    counter = CountForwards()
+    static = settings.get("reference") == "static"
+    trainer = make_trainer(
+        BladeTrainer,
+        name,
+        tmp_path,
+        gradient_accumulation_steps=2,
+        max_steps=3,
+        trainer_kwargs={
+            "target_dataset": make_dataset(name, 10, seed=7),
+            "bilevel_config": BladeConfig(**settings),
+            "callbacks": [counter],
+            **({"reference_model": make_model(name)} if static else {}),
+        },
+    )
+    counter.trainer = trainer
+    trainer.train()
+    assert counter.counts == expected
+
+
+# Statistics -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["vit", "llama"])
+def test_statistics_count_what_was_trained_on(name: str, tmp_path: Path) -> None:
+    trainer, _ = train(
+        name, tmp_path, {"selection_ratio": 0.5, "reference_steps": 1, "domain_column": "source"}, num_pool=32
+    )
+    samples, domains = trainer.sample_tally.state_dict(), trainer.domain_tally.state_dict()
+    offered = torch.zeros(32, dtype=torch.float64)
+    for candidates, origins, _ in trainer.steps:
+        for batch, origin in zip(candidates, origins, strict=True):
+            units = batch["labels"][:, 1:].ne(-100).sum(1) if name == "llama" else torch.ones(len(origin))
+            offered.index_add_(0, origin.sample_ids, units.double())
+            names = [trainer.domain_names[i] for i in origin.domain_ids.tolist()]
+            assert names == [["web", "books", "code"][i % 3] for i in origin.sample_ids.tolist()]
+    assert torch.equal(samples["offered"], offered)
+    assert 0 < samples["selected"].sum() < offered.sum() and (samples["selected"] <= offered).all()
+    assert samples["selected"].sum() == domains["selected"].sum()
+    assert trainer.domain_names == ["books", "code", "web"]
+    logged = [entry for entry in trainer.state.log_history if "blade/selected_fraction/web" in entry]
+    assert len(logged) == 3
+    total = sum(entry["blade/selected_fraction"] for entry in logged) / 3
+    assert total == pytest.approx(float(samples["selected"].sum() / offered.sum()), rel=0.05)
+
+
+# Non-finite losses ----------------------------------------------------------------------------------------------------
+
+
+def broken_pool(name: str) -> Dataset:
+    """Every fourth row has a loss that is not finite (ViT)."""
+    rows = make_rows(name, 32)
+    for i in range(0, 32, 4):
+        rows[i]["pixel_values"] = (torch.tensor(rows[i]["pixel_values"]) * float("nan")).tolist()
+    return Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize("score", ["excess_loss", "loss", "random"])
+def test_non_finite_samples_are_never_trained_on(score: str, tmp_path: Path) -> None:
+    settings = {"selection_ratio": 0.75, "score": score, "reference_steps": 1, "penalty": 0}
+    trainer, _ = train("vit", tmp_path, settings, train_dataset=broken_pool("vit"), logging_steps=1)
+    assert parameters_of(trainer).isfinite().all()
+    selected = trainer.sample_tally.state_dict()["selected"]
+    assert selected[::4].sum() == 0 and selected.sum() > 0
+    offered = sum(int((o.sample_ids % 4 == 0).sum()) for _, origins, _ in trainer.steps for o in origins)
+    assert sum(entry.get("blade/num_excluded", 0) for entry in trainer.state.log_history) == offered > 0
+
+
+def test_non_finite_samples_can_be_an_error(tmp_path: Path) -> None:
+    settings = {"selection_ratio": 0.75, "on_non_finite": "error", "score": "loss"}
+    with pytest.raises(FloatingPointError, match="NaN or infinite at step 0.*on_non_finite='exclude'"):
+        train("vit", tmp_path, settings, train_dataset=broken_pool("vit"), num_pool=32)
+
+
+class InfiniteLoss(torch.nn.Module):
+    """Makes every prediction of token 3 impossible: logits of -inf."""
+
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        fill = torch.zeros(VOCABULARY, dtype=logits.dtype)
+        fill[3] = -math.inf
+        return logits + fill
+
+
+@pytest.mark.parametrize("on_non_finite", ["exclude", "error"])
+def test_infinite_token_losses(on_non_finite: str, tmp_path: Path) -> None:
+    model = make_model("llama").double()
+    model.lm_head = torch.nn.Sequential(model.lm_head, InfiniteLoss())
+    settings = {"selection_ratio": 0.99, "score": "loss", "on_non_finite": on_non_finite}
+    if on_non_finite == "error":
+        with pytest.raises(FloatingPointError, match="NaN or infinite"):
+            train("llama", tmp_path, settings, model=model)
+        return
+    trainer, recorder = train("llama", tmp_path, settings, model=model, logging_steps=1)
+    assert all(g.isfinite().all() for gradient in recorder.gradients for g in gradient.values())
+    assert sum(entry.get("blade/num_excluded", 0) for entry in trainer.state.log_history) > 0
+
+
+# PEFT -----------------------------------------------------------------------------------------------------------------
+
+
+def lora(name: str, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Any:
+    peft = pytest.importorskip("peft")
+    targets = {"llama": ["q_proj", "v_proj"], "vit": ["q_proj", "v_proj"], "bert": ["query", "value"]}[name]
+    torch.manual_seed(1)
+    model = peft.get_peft_model(make_model(name).to(dtype), peft.LoraConfig(r=4, target_modules=targets, **kwargs))
+    with torch.no_grad():  # B starts at 0, where both adapters would agree for the wrong reason
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key:
+                parameter.normal_(std=0.1)
+    return model
+
+
+PEFT_SETTINGS = {"selection_ratio": 0.5, "sync_steps": 3, "reference_steps": 2, "penalty": 0.5}
+
+
+def peft_trainer(name: str, folder: Path, **kwargs: Any) -> BladeTrainer:
+    return make_trainer(
+        BladeTrainer,
+        name,
+        folder,
+        model=kwargs.pop("model", None) or lora(name),
+        save_strategy="steps",
+        save_steps=2,
+        max_steps=6,
+        trainer_kwargs={
+            "target_dataset": make_dataset(name, 10, seed=7),
+            "bilevel_config": BladeConfig(**{**PEFT_SETTINGS, **kwargs.pop("settings", {})}),
+        },
+        **kwargs,
+    )
+
+
+@pytest.mark.parametrize("name", ["llama", "vit", "bert"])
+def test_peft_reference_is_an_adapter_that_leaves_no_trace(name: str, tmp_path: Path) -> None:
+    whole = peft_trainer(name, tmp_path / "whole")
+    before = {key: p.detach().clone() for key, p in whole.model.named_parameters()}
+    num_parameters = sum(p.numel() for p in whole.model.parameters())
+    whole.train()
+    after = dict(whole.model.named_parameters())
+    assert before.keys() == after.keys() and num_parameters == sum(p.numel() for p in after.values())
+    assert whole.model.active_adapter == "default" and list(whole.model.peft_config) == ["default"]
+    for key, parameter in after.items():
+        assert parameter.requires_grad == ("lora_" in key)
+        assert torch.equal(parameter, before[key]) != ("lora_" in key), key
+    for checkpoint in (tmp_path / "whole").glob("checkpoint-*"):
+        assert not list(checkpoint.rglob("*reference*"))
+        loaded = type(whole.model).from_pretrained(make_model(name), checkpoint)
+        assert list(loaded.peft_config) == ["default"]
+    resumed = peft_trainer(name, tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert torch.equal(parameters_of(resumed), parameters_of(whole))
+
+
+def test_peft_reference_is_what_a_copy_would_be(tmp_path: Path) -> None:
+    """The same run with the adapter's reference and with a copy of the whole model gives the same weights."""
+
+    class CopyTrainer(BladeTrainer):
+        def _begin_training(self) -> None:
+            super()._begin_training()
+            from hf_bilevel.trainers.reference import ReferenceCopy
+
+            self.reference.remove()
+            self.reference = ReferenceCopy.of(self.model, None, self.args.device, parked=False)
+
+    runs = []
+    for trainer_class in (BladeTrainer, CopyTrainer):
+        trainer = make_trainer(
+            trainer_class,
+            "llama",
+            tmp_path,
+            model=lora("llama", torch.float64),
+            trainer_kwargs={
+                "target_dataset": make_dataset("llama", 10, seed=7),
+                "bilevel_config": BladeConfig(**PEFT_SETTINGS),
+            },
+        )
+        trainer.train()
+        runs.append(parameters_of(trainer))
+    torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=1e-7)
+
+
+def test_peft_off_checkpointing_and_best_model(tmp_path: Path) -> None:
+    from transformers import Trainer
+
+    plain = make_trainer(Trainer, "llama", tmp_path, model=lora("llama"), save_strategy="steps", save_steps=2)
+    plain.train()
+    off = peft_trainer("llama", tmp_path, settings={"selection_ratio": 1.0})
+    off.train()
+    assert torch.equal(parameters_of(off), parameters_of(plain))
+    on = peft_trainer("llama", tmp_path)
+    on.train()
+    checkpointed = peft_trainer(
+        "llama", tmp_path, activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": False}
+    )
+    checkpointed.train()
+    torch.testing.assert_close(parameters_of(checkpointed), parameters_of(on), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: lora("vit", modules_to_save=["classifier"]), r"trains more than LoRA matrices \(\['classifier'\]\)"),
+        (lambda: _two_adapters(), "must have one active adapter"),
+        (lambda: _prompt_tuned(), "supported for LoRA, got PROMPT_TUNING"),
+    ],
+)
+def test_peft_refusals(make: Any, message: str, tmp_path: Path) -> None:
+    model = make()
+    name = "vit" if hasattr(model.base_model, "model") and "ViT" in type(model.get_base_model()).__name__ else "llama"
+    with pytest.raises(ValueError, match=message):
+        peft_trainer(name, tmp_path, model=model)
+
+
+def _two_adapters() -> Any:
+    model = lora("llama")
+    model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
+    model.base_model.set_adapter(["default", "second"])
+    return model
+
+
+def _prompt_tuned() -> Any:
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(
+        make_model("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    )
+
+
+# Other heads and own losses -------------------------------------------------------------------------------------------
+
+
+def test_seq2seq_and_token_classification(tmp_path: Path) -> None:
+    size = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, decoder_start_token_id=0, **size))
+    bert = BertForTokenClassification(
+        BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_labels=VOCABULARY,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+    )
+    for model in (t5, bert):
+        trainer = make_trainer(
+            BladeTrainer,
+            "bert_mlm",
+            tmp_path,
+            model=model,
+            trainer_kwargs={
+                "target_dataset": make_dataset("bert_mlm", 10, seed=7),
+                "bilevel_config": BladeConfig(granularity="token", selection_ratio=0.5, reference_steps=1),
+            },
+        )
+        trainer.train()
+        assert parameters_of(trainer).isfinite().all()
+        tables = trainer.sample_tally.state_dict()
+        assert 0.5 <= float(tables["selected"].sum() / tables["offered"].sum()) < 0.55
+
+
+def test_own_loss(tmp_path: Path) -> None:
+    """A user's loss: the trainer trains with ``compute_loss_func`` and ranks with ``compute_sample_losses``."""
+
+    def compute_sample_losses(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return F.multi_margin_loss(model(pixel_values=batch["pixel_values"]).logits, batch["labels"], reduction="none")
+
+    def compute_loss_func(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        return F.multi_margin_loss(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+    trainer = make_trainer(
+        BladeTrainer,
+        "vit",
+        tmp_path,
+        trainer_kwargs={
+            "target_dataset": make_dataset("vit", 10, seed=7),
+            "bilevel_config": BladeConfig(selection_ratio=0.5, reference_steps=1),
+            "compute_loss_func": compute_loss_func,
+            "compute_sample_losses": compute_sample_losses,
+        },
+    )
+    trainer.train()
+    assert parameters_of(trainer).isfinite().all()
+
+
+def test_label_smoothing_at_sample_level(tmp_path: Path) -> None:
+    settings = {"selection_ratio": 0.5, "reference_steps": 1}
+    runs = [parameters_of(train("vit", tmp_path, settings, label_smoothing_factor=s)[0]) for s in (0.0, 0.2)]
+    assert runs[1].isfinite().all() and not torch.equal(*runs)
+
+
+def test_reference_dtype_and_device(tmp_path: Path) -> None:
+    """Parking changes nothing; another dtype changes scores, not the training of the reference."""
+    runs, dtypes = {}, {}
+    for key, settings in {
+        "plain": {},
+        "parked": {"reference_device": "cpu"},
+        "bfloat16": {"reference_dtype": "bfloat16"},
+    }.items():
+        trainer = make_trainer(
+            BladeTrainer,
+            "llama",
+            tmp_path,
+            trainer_kwargs={
+                "target_dataset": make_dataset("llama", 10, seed=7),
+                "bilevel_config": BladeConfig(**PEFT_SETTINGS, **settings),
+            },
+        )
+        seen: list[tuple[bool, torch.dtype]] = []
+        losses = trainer._losses
+
+        def record(model: torch.nn.Module, batch: Any, losses: Any = losses, seen: list = seen) -> Any:
+            if model is not trainer.model:  # noqa: B023
+                seen.append((model.training, next(model.parameters()).dtype))
+            return losses(model, batch)
+
+        trainer._losses = record
+        trainer.train()
+        runs[key] = parameters_of(trainer)
+        dtypes[key] = seen
+    assert torch.equal(runs["plain"], runs["parked"])
+    assert runs["bfloat16"].isfinite().all()
+    assert set(dtypes["plain"]) == {(True, torch.float32), (False, torch.float32)}
+    assert set(dtypes["bfloat16"]) == {(True, torch.float32), (False, torch.bfloat16)}  # trained wide, scored narrow
+
+
+def test_warmup_is_the_plain_trainer(tmp_path: Path) -> None:
+    from transformers import Trainer
+
+    plain = make_trainer(Trainer, "vit", tmp_path, max_steps=3)
+    plain.train()
+    settings = {"selection_ratio": 0.5, "warmup_steps": 3, "reference_steps": 1}
+    warm = make_trainer(
+        BladeTrainer,
+        "vit",
+        tmp_path,
+        max_steps=3,
+        trainer_kwargs={"target_dataset": make_dataset("vit", 10, seed=7), "bilevel_config": BladeConfig(**settings)},
+    )
+    warm.train()
+    assert torch.equal(parameters_of(warm), parameters_of(plain))
+
+
+# State ----------------------------------------------------------------------------------------------------------------
+
+
+def saved_run(folder: Path, **kwargs: Any) -> BladeTrainer:
+    trainer = make_trainer(
+        BladeTrainer,
+        "vit",
+        folder,
+        max_steps=6,
+        save_strategy="steps",
+        save_steps=2,
+        trainer_kwargs={
+            "target_dataset": make_dataset("vit", 10, seed=7),
+            "bilevel_config": BladeConfig(selection_ratio=0.5, sync_steps=3, reference_steps=2, penalty=0.5),
+        },
+        **kwargs,
+    )
+    return trainer
+
+
+@pytest.mark.parametrize("part", ["reference", "target_position", "pool_position", "synced_at"])
+def test_every_part_of_the_state_matters(part: str, tmp_path: Path) -> None:
+    """If a part were not saved, or not used, the test of resuming would not notice its loss."""
+    whole = saved_run(tmp_path)
+    whole.train()
+    checkpoint = tmp_path / "checkpoint-4"
+    state = torch.load(checkpoint / "bilevel_state.pt", weights_only=True)
+    if part == "reference":
+        for value in state["shared"]["reference"].values():
+            value.add_(torch.randn(value.shape, generator=torch.Generator().manual_seed(0)))
+    else:
+        state["shared"][part] = -1 if part == "synced_at" else state["shared"][part] + 3
+    torch.save(state, checkpoint / "bilevel_state.pt")
+    resumed = saved_run(tmp_path / "other")
+    if part in ("target_position", "pool_position"):  # used at the next synchronisation, at step 6
+        resumed.args.max_steps = whole.args.max_steps = 8
+        whole = saved_run(tmp_path / "again")
+        whole.args.max_steps = 8
+        whole.train()
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert not torch.equal(parameters_of(resumed), parameters_of(whole))
+
+
+def test_resuming_without_or_with_a_damaged_state(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = saved_run(tmp_path)
+    whole.train()
+    missing, damaged = tmp_path / "checkpoint-6", tmp_path / "checkpoint-4"
+    (missing / "bilevel_state.pt").unlink()
+    content = (damaged / "bilevel_state.pt").read_bytes()
+    (damaged / "bilevel_state.pt").write_bytes(content[: len(content) // 2])
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    fresh = saved_run(tmp_path)
+    before = parameters_of(fresh)
+    with pytest.raises(ValueError, match=r"checkpoint-6/bilevel_state.pt` is missing.*save_only_model=True"):
+        fresh.train(resume_from_checkpoint=str(missing))
+    with pytest.raises(ValueError, match=r"checkpoint-4/bilevel_state.pt` cannot be read.*Nothing was changed"):
+        fresh.train(resume_from_checkpoint=str(damaged))
+    assert torch.equal(parameters_of(fresh), before)
+    assert files == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    with caplog.at_level(logging.WARNING, logger="hf_bilevel"):
+        fresh.train(resume_from_checkpoint=True)  # from checkpoint-2, the newest whole one
+    assert "checkpoint-6/bilevel_state.pt` is missing" in caplog.text and "checkpoint-4" in caplog.text
+    assert torch.equal(parameters_of(fresh), parameters_of(whole))
+
+    (tmp_path / "checkpoint-6" / "trainer_state.json").unlink()
+    with pytest.raises(ValueError, match="trainer_state.json` is missing: the checkpoint was not written to its end"):
+        saved_run(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    for number in (2, 4, 6):
+        shutil.rmtree(tmp_path / f"checkpoint-{number}")
+    with pytest.raises(ValueError, match="No checkpoint in .* can be resumed from. There is none."):
+        saved_run(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_save_only_model_writes_no_state(tmp_path: Path) -> None:
+    saved_run(tmp_path, save_only_model=True).train()
+    assert (tmp_path / "checkpoint-2" / "model.safetensors").exists()
+    assert not (tmp_path / "checkpoint-2" / "bilevel_state.pt").exists()
+
+
+def test_static_reference_must_be_the_same_on_resume(tmp_path: Path) -> None:
+    def make(reference: torch.nn.Module) -> BladeTrainer:
+        return make_trainer(
+            BladeTrainer,
+            "vit",
+            tmp_path,
+            max_steps=4,
+            save_strategy="steps",
+            save_steps=2,
+            trainer_kwargs={"bilevel_config": BladeConfig(**STATIC), "reference_model": reference},
+        )
+
+    reference = other_model("vit").float()
+    make(copy.deepcopy(reference)).train()
+    make(copy.deepcopy(reference)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    with pytest.raises(ValueError, match="`reference_model` has other weights than the one of the checkpoint"):
+        make(make_model("vit")).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+# Bad input ------------------------------------------------------------------------------------------------------------
+
+
+def refused(name: str, folder: Path, message: str, settings: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    trainer_kwargs = {"target_dataset": make_dataset(name, 10), **kwargs.pop("trainer_kwargs", {})}
+    with pytest.raises(ValueError, match=message):
+        make_trainer(
+            BladeTrainer,
+            name,
+            folder,
+            trainer_kwargs={"bilevel_config": BladeConfig(**(settings or {})), **trainer_kwargs},
+            **kwargs,
+        )
+
+
+def test_target_dataset_is_checked(tmp_path: Path) -> None:
+    refused("vit", tmp_path, "BladeTrainer needs `target_dataset`", trainer_kwargs={"target_dataset": None})
+    refused("vit", tmp_path, "`target_dataset` is empty", trainer_kwargs={"target_dataset": []})
+    stream = make_dataset("vit", 4).to_iterable_dataset()
+    refused("vit", tmp_path, "`target_dataset` is a stream", trainer_kwargs={"target_dataset": stream})
+    renamed = make_dataset("vit", 4).rename_column("labels", "label")
+    refused(
+        "vit",
+        tmp_path,
+        r"Missing in `target_dataset`: \['labels'\]; only there: \['label'\]",
+        trainer_kwargs={"target_dataset": renamed},
+    )
+    silent = make_dataset("llama", 20).map(lambda row: {"labels": [-100] * LENGTH})
+    refused("llama", tmp_path, "All labels of `target_dataset` are -100", trainer_kwargs={"target_dataset": silent})
+    refused("llama", tmp_path, "All labels of `train_dataset` are -100", train_dataset=silent)
+
+
+def test_settings_are_checked_against_model_and_batch(tmp_path: Path) -> None:
+    refused(
+        "vit",
+        tmp_path,
+        "`selection_ratio=0.9` of a candidate batch of `per_device_train_batch_size=8` selects all of it. Raise "
+        "`per_device_train_batch_size` to at least 10 or lower",
+        {"selection_ratio": 0.9},
+    )
+    refused("vit", tmp_path, "does not predict tokens.*Use `granularity='sample'`", {"granularity": "token"})
+    refused("vit", tmp_path, "`reference='static'` needs a `reference_model`", STATIC)
+    refused("llama", tmp_path, "`label_smoothing_factor` replaces the model's loss", label_smoothing_factor=0.1)
+    refused(
+        "vit",
+        tmp_path,
+        "Pass `compute_sample_losses=` too",
+        trainer_kwargs={"compute_loss_func": lambda *args, **kwargs: None},
+    )
+    refused("vit", tmp_path, "`train_dataset` has no column `kind`.*'source'", {"domain_column": "kind"})
+    model = make_model("vit")
+    refused(
+        "vit",
+        tmp_path,
+        "shares its weights with `model`",
+        STATIC,
+        model=model,
+        trainer_kwargs={"reference_model": model},
+    )
+    question_answering = BertForQuestionAnswering(
+        BertConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    )
+    refused(
+        "bert", tmp_path, "`BertForQuestionAnswering` is not known; known heads: causal_lm", model=question_answering
+    )
+
+
+def test_padding_free_batches_are_refused(tmp_path: Path) -> None:
+    def flatten(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        joined = {key: sum((row[key] for row in rows), []) for key in ("input_ids", "labels")}
+        return {key: torch.tensor(value)[None] for key, value in joined.items()}
+
+    refused(
+        "llama",
+        tmp_path,
+        r"`batch\['input_ids'\]` has 1 rows where the batch has 8 samples.*granularity='token'",
+        {"granularity": "sample"},
+        trainer_kwargs={"data_collator": flatten},
+    )
+
+
+def test_warnings_about_ignored_settings(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="`reference_model` is ignored"):
+        make_trainer(
+            BladeTrainer,
+            "vit",
+            tmp_path,
+            trainer_kwargs={"bilevel_config": BladeConfig(score="loss"), "reference_model": make_model("vit")},
+        )
+    with pytest.warns(UserWarning, match="Dropout of up to 0.1 is on"):
+        make_trainer(
+            BladeTrainer, "llama", tmp_path, dropout=0.1, trainer_kwargs={"target_dataset": make_dataset("llama", 4)}
+        )
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"selection_ratio": 0}, ValueError, r"`selection_ratio` must be in \(0, 1\], got 0"),
+        ({"selection_ratio": 1.01}, ValueError, r"must be in \(0, 1\], got 1.01"),
+        ({"selection_ratio": float("nan")}, ValueError, "must be in"),
+        (
+            {"selection_ratio": "0.5"},
+            TypeError,
+            "must be float, got '0.5' of type str. In YAML write a number without",
+        ),
+        ({"selection_ratio": True}, TypeError, "must be float, got True of type bool"),
+        ({"granularity": "word"}, ValueError, "`granularity` must be one of auto, sample, token; got 'word'"),
+        ({"score": "entropy"}, ValueError, "`score` must be one of excess_loss, loss, random"),
+        ({"reference": "none"}, ValueError, "`reference='none'` has none"),
+        ({"sync_steps": "often"}, TypeError, "`sync_steps` must be int or 'auto', got 'often'"),
+        ({"sync_steps": 0}, ValueError, "`sync_steps` must be at least 1 or 'auto', got 0"),
+        ({"sync_steps": 1.5}, TypeError, "`sync_steps` must be int or 'auto', got 1.5 of type float"),
+        ({"penalty": -1}, ValueError, "`penalty` must be finite and not negative, got -1"),
+        ({"penalty": [1]}, TypeError, "`penalty` must be float or 'auto'"),
+        ({"warmup_steps": -1}, ValueError, "`warmup_steps` must not be negative"),
+        ({"reference_learning_rate": 0.0}, ValueError, "`reference_learning_rate` must be positive"),
+        ({"target_batch_size": 0}, ValueError, "`target_batch_size` must be at least 1"),
+        ({"domain_names": "web"}, TypeError, "`domain_names` must be"),
+    ],
+)
+def test_config_is_checked_on_construction(settings: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        BladeConfig(**settings)
+
+
+def test_config_from_command_line_and_yaml(tmp_path: Path) -> None:
+    parser = HfArgumentParser(BladeConfig)
+    command = "--selection_ratio 0.3 --sync_steps 50 --penalty 0.1 --granularity sample --domain_names web books"
+    (config,) = parser.parse_args_into_dataclasses(command.split())
+    assert (config.selection_ratio, config.sync_steps, config.penalty) == (0.3, 50, 0.1)
+    assert config.domain_names == ["web", "books"]
+    (config,) = parser.parse_args_into_dataclasses(["--sync_steps", "auto"])
+    assert config == BladeConfig()
+    path = tmp_path / "config.yaml"
+    path.write_text("selection_ratio: 0.25\nsync_steps: auto\npenalty: 0\n")
+    (config,) = parser.parse_yaml_file(path)
+    assert config == BladeConfig(selection_ratio=0.25, penalty=0.0)
+    path.write_text("selection_ratio: 0.25\nreference_learning_rate: 1e-4\n")  # YAML reads 1e-4 as a string
+    with pytest.raises(TypeError, match="`reference_learning_rate` must be .*got '1e-4' of type str.*1.0e-4"):
+        parser.parse_yaml_file(path)
+    with pytest.raises(TypeError, match="`bilevel_config` must be a BladeConfig, got dict"):
+        BladeTrainer(model=make_model("vit"), args=arguments(tmp_path), bilevel_config={"selection_ratio": 0.5})
