@@ -1,8 +1,9 @@
 """Where samples come from: ids and domains past any collator, rows of a collated batch, the target loader."""
 
+import operator
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -254,8 +255,8 @@ def read_domains(dataset: Any, column: str, domain_names: list[str] | None = Non
             raise ValueError(f"Column `{column}` holds domains that `domain_names` {names} does not list: {unknown}.")
         return torch.tensor([index[value] for value in values], dtype=torch.int64), names
     try:
-        ids = torch.tensor([int(value) for value in values], dtype=torch.int64)
-    except (TypeError, ValueError):
+        ids = torch.tensor([operator.index(value) for value in values], dtype=torch.int64)  # int() would truncate
+    except TypeError:
         kinds = sorted({type(value).__name__ for value in values})
         raise ValueError(f"Column `{column}` must hold names or integers 0..D-1, got values of {kinds}.") from None
     if int(ids.min()) < 0:
@@ -272,7 +273,7 @@ def derive_seed(*parts: int) -> int:
     """Mix integers into a seed below 2**32, the same on every platform.
 
     Args:
-        *parts: Integers of any size and sign; their order matters.
+        *parts: Integers of any size and sign; their order and their number matter.
 
     Returns:
         The seed.
@@ -281,7 +282,8 @@ def derive_seed(*parts: int) -> int:
         >>> derive_seed(0, 1) != derive_seed(1, 0)
         True
     """
-    return int(np.random.SeedSequence([part % 2**32 for part in parts]).generate_state(1)[0])
+    # The number of parts too: SeedSequence pads with zeros, so (1,) and (1, 0) would give one seed.
+    return int(np.random.SeedSequence([len(parts), *(part % 2**32 for part in parts)]).generate_state(1)[0])
 
 
 @contextmanager
@@ -302,7 +304,12 @@ def private_randomness(seed: int, device: torch.device | None = None) -> Iterato
         with torch.random.fork_rng(devices=devices, device_type=device.type if accelerator else "cuda"):
             random.seed(seed)
             np.random.seed(seed)
-            torch.manual_seed(seed)
+            # Not torch.manual_seed: it seeds every accelerator, also those that are not forked here.
+            torch.default_generator.manual_seed(seed)
+            for index in devices:
+                module = torch.get_device_module(device)
+                with module.device(index) if hasattr(module, "device") else nullcontext():  # MPS has but one
+                    module.manual_seed(seed)
             yield
     finally:
         random.setstate(python_state)

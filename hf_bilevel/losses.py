@@ -32,6 +32,13 @@ _HEAD_NAMES = {
     "sequence_classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     "image_classification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
 }
+# Their own losses differ: labels that are not shifted, several predictions per position, several codebooks.
+_NOT_OF_THEIR_KIND = frozenset(
+    """BartForCausalLM BigBirdPegasusForCausalLM BlenderbotForCausalLM BlenderbotSmallForCausalLM CpmAntForCausalLM
+    MBartForCausalLM MarianForCausalLM MusicgenForCausalLM MusicgenMelodyForCausalLM MvpForCausalLM PLBartForCausalLM
+    PegasusForCausalLM ProphetNetForCausalLM ProphetNetForConditionalGeneration TrOCRForCausalLM WhisperForCausalLM
+    XLNetLMHeadModel""".split()
+)
 _HEAD_OF_LOSS_TYPE = {
     "ForMaskedLM": "masked_lm",
     "ForTokenClassification": "token_classification",
@@ -105,9 +112,12 @@ def find_head(model: nn.Module) -> str | None:
     """
     base = unwrap(model)
     name = type(base).__name__
+    if name in _NOT_OF_THEIR_KIND:
+        return None
     for head, names in _HEAD_NAMES.items():
         if name in names.values():
-            return head
+            # transformers lists speech models with a decoder alone, which shift labels, as seq2seq.
+            return "causal_lm" if head == "seq2seq_lm" and not base.config.is_encoder_decoder else head
     # Not in an auto class: a user's own class that follows transformers' naming, or a vision-language model.
     loss_type = getattr(base, "loss_type", None)
     if LOSS_MAPPING.get(loss_type) is ForCausalLMLoss:
@@ -188,7 +198,8 @@ def token_losses_from_logits(
         ValueError: If logits and labels have different lengths, as with virtual prompt tokens.
     """
     labels = _aligned_labels(head, batch)
-    _check_positions(logits, labels)
+    if logits.shape[:2] != labels.shape:
+        raise ValueError(_misaligned(logits, labels))
     losses = F.cross_entropy(
         _wide(logits).flatten(0, 1),
         labels.flatten(),
@@ -288,12 +299,11 @@ def _aligned_labels(head: str, batch: Mapping[str, Any]) -> Tensor:
     return F.pad(batch["labels"], (0, 1), value=IGNORE_INDEX)[..., 1:]
 
 
-def _check_positions(scored: Tensor, labels: Tensor) -> None:
-    if scored.shape[:2] != labels.shape:
-        raise ValueError(
-            f"The logits have {tuple(scored.shape[:2])} positions and the labels {tuple(labels.shape)}, so losses cannot "
-            "be assigned to tokens. Virtual tokens (prompt or prefix tuning) are not supported; LoRA is."
-        )
+def _misaligned(scored: Tensor, labels: Tensor) -> str:
+    return (
+        f"The logits have {tuple(scored.shape[:2])} positions and the labels {tuple(labels.shape)}, so losses cannot "
+        "be assigned to tokens. Virtual tokens (prompt or prefix tuning) are not supported; LoRA is."
+    )
 
 
 def _wide(logits: Tensor) -> Tensor:
@@ -392,7 +402,8 @@ def _chunked_token_losses(
             return token_losses_from_logits(head, _logits(model(**inputs)), batch, label_smoothing)
 
     labels = _aligned_labels(head, batch)
-    _check_positions(hidden, labels)
+    if hidden.shape[:2] != labels.shape:
+        raise ValueError(_misaligned(hidden, labels))
     # A chunk's logits, and two copies of them inside the cross-entropy, stay near 3 * 32 MiB.
     rows = max(1, 8 * 2**20 // output_embedding.weight.shape[0])
     chunks = zip(hidden.flatten(0, 1).split(rows), labels.flatten().split(rows), strict=True)

@@ -41,9 +41,9 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
-from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_pt_utils import LabelSmoother
 
+from hf_bilevel import losses as losses_module
 from hf_bilevel.losses import (
     LARGE_VOCABULARY,
     TOKEN_HEADS,
@@ -134,7 +134,19 @@ def t5(vocabulary: int = SMALL_VOCABULARY) -> PreTrainedModel:
     return build(T5ForConditionalGeneration, config)
 
 
-def bart(vocabulary: int = SMALL_VOCABULARY, cls: type[PreTrainedModel] = BartForConditionalGeneration) -> PreTrainedModel:
+def qwen2_audio() -> PreTrainedModel:
+    size = {"vocab_size": SMALL_VOCABULARY, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1}
+    text = {"model_type": "qwen2", "num_attention_heads": 2, "num_key_value_heads": 2, **size}
+    audio = {"model_type": "qwen2_audio_encoder", "d_model": 8, "encoder_layers": 1, "encoder_attention_heads": 2}
+    config = Qwen2AudioConfig(
+        audio_config={**audio, "encoder_ffn_dim": 16, "num_mel_bins": 4}, text_config=text, audio_token_index=1
+    )
+    return build(Qwen2AudioForConditionalGeneration, config)
+
+
+def bart(
+    vocabulary: int = SMALL_VOCABULARY, cls: type[PreTrainedModel] = BartForConditionalGeneration
+) -> PreTrainedModel:
     config = BartConfig(
         vocab_size=vocabulary,
         d_model=8,
@@ -171,8 +183,10 @@ def text_batch(
     input_ids = torch.randint(3, vocabulary, (rows, length), generator=state)
     attention_mask = torch.ones_like(input_ids)
     attention_mask[1, -2:] = 0
-    labels = torch.randint(3, vocabulary, (rows, length), generator=state) if classes is None else (
-        torch.randint(0, classes, (rows, length), generator=state)
+    labels = (
+        torch.randint(3, vocabulary, (rows, length), generator=state)
+        if classes is None
+        else (torch.randint(0, classes, (rows, length), generator=state))
     )
     labels[torch.rand(rows, length, generator=state) < 0.3] = -100
     labels[attention_mask == 0] = -100
@@ -217,6 +231,7 @@ CASES = {
     "bert_mlm": Case(lambda: bert(BertForMaskedLM), text_batch, "masked_lm"),
     "t5": Case(t5, text_batch, "seq2seq_lm"),
     "bart": Case(bart, text_batch, "seq2seq_lm"),
+    "qwen2_audio": Case(qwen2_audio, text_batch, "causal_lm"),  # named like an encoder-decoder, but it is none
     "token_classification": Case(
         lambda: bert(BertForTokenClassification, num_labels=5), lambda: text_batch(classes=5), "token_classification"
     ),
@@ -406,7 +421,10 @@ def test_shifted_labels_in_the_batch(name: str) -> None:
     assert_same(tokens.mean(), model(**batch).loss)
     labels = batch.pop("labels")
     assert_same(unit_losses(model, batch, "token").losses, tokens.losses)
-    assert abs(tokens.mean() - unit_losses(model, {**batch, "labels": labels, "shift_labels": labels}, "token").mean()) > 1e-2
+    assert (
+        abs(tokens.mean() - unit_losses(model, {**batch, "labels": labels, "shift_labels": labels}, "token").mean())
+        > 1e-2
+    )
 
 
 def test_packed_rows() -> None:
@@ -490,7 +508,11 @@ def test_through_ddp_and_peft() -> None:
 def test_half_precision_logits_are_scored_in_float32(name: str) -> None:
     model, head = CASES[name].build().bfloat16(), CASES[name].head
     batch = {
-        key: value.bfloat16() if key == "pixel_values" else value.to(torch.float32) if value.is_floating_point() else value
+        key: value.bfloat16()
+        if key == "pixel_values"
+        else value.to(torch.float32)
+        if value.is_floating_point()
+        else value
         for key, value in CASES[name].batch().items()
     }
     units = unit_losses(model, batch, "sample")
@@ -573,6 +595,17 @@ def test_find_head_of_other_models() -> None:
     assert find_head(nn.Linear(2, 2)) is None
 
 
+def test_heads_with_another_loss_than_their_kind_are_not_known() -> None:
+    """BART's decoder alone is listed as a causal LM, and does not shift labels in its own loss."""
+    model, batch = bart(cls=BartForCausalLM), text_batch()
+    outputs = model(**batch)
+    losses, counts = brute_force_token_losses("causal_lm", outputs.logits.detach(), batch)
+    assert abs(losses.sum() / counts.sum() - outputs.loss) > 1e-3
+    assert find_head(model) is None
+    with pytest.raises(ValueError, match="The loss of each sample of `BartForCausalLM` is not known"):
+        unit_losses(model, batch, "sample")
+
+
 def test_unknown_head_is_refused() -> None:
     model = bert(BertForQuestionAnswering)
     message = (
@@ -596,7 +629,11 @@ def test_tokens_of_a_head_without_tokens_are_refused(name: str) -> None:
 
 def test_users_own_losses() -> None:
     model = bert(BertForQuestionAnswering)
-    batch = {**text_batch(), "start_positions": torch.tensor([0, 1, 2, 3]), "end_positions": torch.tensor([1, 4, 2, 6])}
+    batch = {
+        **text_batch(),
+        "start_positions": torch.tensor([0, 1, 2, 3]),
+        "end_positions": torch.tensor([1, 4, 2, 6]),
+    }
     del batch["labels"]
 
     def span_losses(model: nn.Module, batch: Batch) -> Tensor:
@@ -644,7 +681,9 @@ def test_decoder_inputs_are_derived_or_kept() -> None:
 
 
 def test_decoder_that_cannot_derive_its_inputs_is_refused() -> None:
-    with pytest.raises(ValueError, match="`Linear` cannot derive `decoder_input_ids` from labels. Have the data collator"):
+    with pytest.raises(
+        ValueError, match="`Linear` cannot derive `decoder_input_ids` from labels. Have the data collator"
+    ):
         forward_inputs(nn.Linear(2, 2), "seq2seq_lm", text_batch())
 
 
@@ -821,17 +860,18 @@ def test_large_vocabulary_in_half_precision() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "bert_mlm", "t5"])
-def test_large_vocabulary_in_mixed_precision(name: str) -> None:
+def test_large_vocabulary_in_mixed_precision(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Accelerate puts autocast around the forward pass alone, and what reaches the output embedding may be bfloat16."""
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     model, batch = accelerator.prepare_model(LARGE_MODELS[name]().to(torch.float32)), large_batch()
-    expected = unit_losses(model, batch, "token")
     with torch.no_grad():
         tokens = unit_losses(model, batch, "token")
-    assert tokens.losses.dtype == torch.float32
+        monkeypatch.setattr(losses_module, "LARGE_VOCABULARY", LARGE + 1)
+        whole = unit_losses(model, batch, "token")
+    assert tokens.losses.dtype == whole.losses.dtype == torch.float32
     # The same bfloat16 logits: the losses are mostly equal, which those of float32 logits would not be.
-    assert (tokens.losses == expected.losses)[expected.valid].float().mean() > 0.9
-    assert_same(tokens.losses, expected.losses.detach(), atol=0.1)
+    assert (tokens.losses == whole.losses)[whole.valid].double().mean() > 0.9
+    assert_same(tokens.losses, whole.losses, atol=0.1)
     assert not torch.is_autocast_enabled("cpu")
 
 
