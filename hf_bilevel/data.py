@@ -134,7 +134,7 @@ class DataCollatorWithOrigin:
     def __init__(self, collator: Callable[[list[Any]], Any]) -> None:
         self.collator = collator
 
-    def __call__(self, features: list[Any]) -> Any:
+    def __call__(self, features: list[Any]) -> Any:  # noqa: D102
         sample_ids, domain_ids, items = [], [], []
         for feature in features:
             if isinstance(feature, _Numbered):

@@ -150,9 +150,14 @@ def run_arm(arm: str, seed: int, steps: int, folder: str) -> dict:
             settings["score"] = "random"
         elif arm == "static":
             settings["reference"] = "static"
-            reference = train("reference on the target dataset", target, 64, 200, None).model
+            reference = train("reference on the target dataset", target, 64, min(200, steps), None).model
         else:
-            settings |= {"penalty": 0.0, "sync_steps": 50, "reference_steps": 15, "first_reference_steps": 200}
+            settings |= {
+                "penalty": 0.0,
+                "sync_steps": 50,
+                "reference_steps": 15,
+                "first_reference_steps": min(200, steps),
+            }
         trainer = train(title, pool, CANDIDATES, steps, BladeConfig(**settings), reference_model=reference)
     accuracy = (trainer.predict(test).predictions.argmax(-1) == np.array(test["labels"])).mean()
     counts = {quality: pool["quality"].count(quality) for quality in ("wrong", "right")}

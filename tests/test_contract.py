@@ -6,6 +6,7 @@ A new trainer joins ``METHODS`` and inherits every test.
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -245,3 +246,19 @@ def test_workers_and_sampling_by_length(method: str, name: str, tmp_path: Path) 
     workers = run(build(method, name, tmp_path, **kwargs))
     alone = run(build(method, name, tmp_path, **{**kwargs, "dataloader_num_workers": 0}))
     assert torch.equal(workers, alone)
+
+
+def test_push_to_hub(method: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes to the Hub is what Trainer would send, with the config and the facts beside."""
+    uploads: list[Path] = []
+    hub = SimpleNamespace(
+        create_repo=lambda repo_id, **kwargs: SimpleNamespace(repo_id=repo_id),
+        upload_folder=lambda folder_path, **kwargs: uploads.append(folder_path),
+    )
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
+    trainer = build(method, name, tmp_path / "output", max_steps=2, hub_model_id="me/model")
+    trainer.train()
+    trainer.push_to_hub()
+    names = {path.name for path in Path(uploads[0]).iterdir()}
+    expected = {"model.safetensors", "config.json", "README.md", "bilevel_config.json", "bilevel_facts.json"}
+    assert expected <= names and not any("state" in entry or "reference" in entry for entry in names)

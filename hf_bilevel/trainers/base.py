@@ -9,7 +9,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -40,6 +40,8 @@ from hf_bilevel.losses import IGNORE_INDEX, SampleLossFunction
 STATE_NAME = "bilevel_state.pt"
 CONFIG_NAME = "bilevel_config.json"
 FACTS_NAME = "bilevel_facts.json"
+
+NUM_CHECKED_ROWS = 1000
 
 logger = logging.getLogger(__name__)
 
@@ -231,7 +233,8 @@ class BilevelMixin:
         if config.domain_column is None or self.train_dataset is None:
             return None, config.domain_names
         if self._is_stream:
-            domain = next(iter(self.train_dataset)).get(config.domain_column)
+            first = next(iter(self.train_dataset))
+            domain = first.get(config.domain_column) if isinstance(first, Mapping) else None
             if domain is None or (isinstance(domain, str) and config.domain_names is None):
                 raise ValueError(
                     f"`train_dataset` is a stream whose first item has {domain!r} as `{config.domain_column}`. Give every "
@@ -347,22 +350,24 @@ class BilevelMixin:
         return columns & set(self._signature_columns)
 
     def _check_labels(self, dataset: Any, name: str) -> None:
-        """Look for one label that counts; it is nearly always in the first rows, so this is cheap."""
+        """Look for one label that counts: nearly always in the first rows, else in 1,000 rows spread over all."""
         if len(dataset) == 0:
             raise ValueError(f"`{name}` is empty.")
         prepared, collator = self._collator_for(dataset)
-        for start in range(0, len(prepared), 8):
+        rows = range(0, len(prepared), max(1, len(prepared) // NUM_CHECKED_ROWS))
+        for start in range(0, len(rows), 8):
+            chunk = rows[start : start + 8]
             with private_randomness(derive_seed(self._seed, start)):
-                rows = range(start, min(start + 8, len(prepared)))
-                batch = collator(fetch(prepared, rows))
+                batch = collator(fetch(prepared, chunk))
             if start == 0 and self._selects_rows():
-                pick_rows(batch, [0], len(rows))  # raises for padding-free collators
+                pick_rows(batch, [0], len(chunk))  # raises for padding-free collators
             labels = batch.get("labels") if isinstance(batch, Mapping) else None
             if not isinstance(labels, torch.Tensor) or bool((labels != IGNORE_INDEX).any()):
                 return
         raise ValueError(
-            f"All labels of `{name}` are {IGNORE_INDEX}, so nothing is predicted and there is nothing to learn from. Check "
-            "the preparation of the labels, a completion-only mask or a truncation that cuts off the answers for instance."
+            f"All labels of `{name}` are {IGNORE_INDEX} in {len(rows)} rows spread over it, so nothing is predicted and "
+            "there is nothing to learn from. Check the preparation of the labels, a completion-only mask or a truncation "
+            "that cuts off the answers for instance."
         )
 
     def _selects_rows(self) -> bool:
@@ -527,7 +532,6 @@ class BilevelMixin:
 
     def bilevel_facts(self) -> dict[str, Any]:
         """Collect what a reader needs to judge or repeat the run, as JSON-compatible values, for the model card."""
-        packages = ("hf_bilevel", "transformers", "datasets", "accelerate", "torch")
         return {
             "method": self.method,
             "trainer": type(self).__name__,
@@ -541,5 +545,15 @@ class BilevelMixin:
             "num_pool": None if self._is_stream or self.train_dataset is None else len(self.train_dataset),
             "num_target": None if self.target_dataset is None else len(self.target_dataset),
             "domain_names": self.domain_names,
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+            "versions": _versions(),
         }
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in ("hf_bilevel", "transformers", "datasets", "accelerate", "torch"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:  # used from a folder; no reason to lose a checkpoint
+            versions[name] = "not installed"
+    return versions

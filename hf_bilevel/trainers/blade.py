@@ -384,10 +384,8 @@ class BladeMixin(BilevelMixin):
         )
 
     def _score(self, batches: list[Any], score: str) -> list[tuple[Tensor, Tensor]]:
-        """Score the units of candidate batches: (scores, valid) for each; one forward of each model a batch.
-
-        All batches pass through the proxy first: a reference that is an adapter replaces it while active.
-        """
+        """Score the units of candidate batches: (scores, valid) for each; one forward of each model a batch."""
+        # All batches pass through the proxy first: a reference that is an adapter replaces it while active.
         with evaluating(self.model):
             units = [self._losses(self.model, batch) for batch in batches]
         if score == "random":

@@ -42,7 +42,7 @@ CANDIDATES, RATIO = 256, 0.25
 BLADE = {
     "penalty": 0.0,
     "sync_steps": 50,
-    "reference_steps": 15,
+    "reference_steps": 30,
     "first_reference_steps": 300,
     "target_batch_size": 64,
 }
@@ -150,6 +150,7 @@ def run_arm(arm: str, seed: int, data: dict[str, list[dict]], steps: int, settin
         trainer, probe = train(data["pool"], CANDIDATES, steps, config, reference_model=reference)
     else:
         config = BladeConfig(**{"selection_ratio": RATIO, **BLADE, **settings})
+        config.first_reference_steps = min(config.first_reference_steps, steps)
         trainer, probe = train(data["pool"], CANDIDATES, steps, config)
     row = {
         "arm": arm,

@@ -23,7 +23,9 @@ def hardware() -> dict[str, str | int]:
     return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "accelerator": accelerator}
 
 
-def write_report(benchmark: str, config: dict, rows: list[dict], summary: dict[str, float], output: str | None) -> dict:
+def write_report(
+    benchmark: str, config: dict, rows: list[dict], summary: dict[str, float], output: str | None
+) -> dict:
     """Write {"benchmark", "date", "hardware", "versions", "config", "rows", "summary"} and return it."""
     report = {
         "benchmark": benchmark,
