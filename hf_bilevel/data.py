@@ -107,7 +107,16 @@ class NumberedStream(IterableDataset):
         for i, item in enumerate(self.dataset):
             domain_id = None
             if self.domain_column is not None:
+                if not isinstance(item, Mapping) or self.domain_column not in item:
+                    raise ValueError(
+                        f"Item {i} of the stream has no key `{self.domain_column}` to read its domain from."
+                    )
                 domain = item[self.domain_column]
+                if self._index is None and (not isinstance(domain, (int, np.integer)) or domain < 0):
+                    raise ValueError(
+                        f"Item {i} of the stream has the domain {domain!r}; give integers 0..D-1, or names and "
+                        "`domain_names`."
+                    )
                 if self._index is not None and domain not in self._index:
                     raise ValueError(f"`domain_names` {sorted(self._index)} does not list the domain {domain!r}.")
                 domain_id = int(domain) if self._index is None else self._index[domain]
@@ -203,8 +212,9 @@ def _pick(value: Any, indices: list[int], num_rows: int, path: str) -> Any:
         return picked if type(value) is dict else type(value)(picked)
     if isinstance(value, (list, tuple)):
         if len(value) == num_rows:
-            return type(value)(value[i] for i in indices)
-        return type(value)(_pick(entry, indices, num_rows, f"{path}[{i}]") for i, entry in enumerate(value))
+            return type(value)([value[i] for i in indices])
+        entries = [_pick(entry, indices, num_rows, f"{path}[{i}]") for i, entry in enumerate(value)]
+        return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
     return value
 
 

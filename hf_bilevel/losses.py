@@ -162,20 +162,15 @@ def forward_inputs(model: nn.Module, head: str, batch: Mapping[str, Any]) -> dic
 
     Returns:
         The arguments of the forward pass. For an encoder-decoder, whose decoder reads the labels, they contain
-        ``decoder_input_ids``.
-
-    Raises:
-        ValueError: If an encoder-decoder cannot derive its decoder inputs from labels.
+        ``decoder_input_ids``, or the labels where the model alone knows how to shift them.
     """
     inputs = {key: value for key, value in batch.items() if key not in ("labels", "shift_labels")}
     if head == "seq2seq_lm" and "decoder_input_ids" not in inputs and "decoder_inputs_embeds" not in inputs:
         base = unwrap(model)
-        if not hasattr(base, "prepare_decoder_input_ids_from_labels"):
-            raise ValueError(
-                f"`{type(base).__name__}` cannot derive `decoder_input_ids` from labels. Have the data collator add "
-                "them, as `DataCollatorForSeq2Seq(tokenizer, model=model)` does."
-            )
-        inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+        if hasattr(base, "prepare_decoder_input_ids_from_labels"):
+            inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+        else:
+            inputs["labels"] = batch["labels"]  # shifted inside the forward pass, which then computes a loss too
     return inputs
 
 
@@ -197,7 +192,7 @@ def token_losses_from_logits(
     Raises:
         ValueError: If logits and labels have different lengths, as with virtual prompt tokens.
     """
-    labels = _aligned_labels(head, batch)
+    labels = _aligned_labels(head, batch).to(logits.device)
     if logits.shape[:2] != labels.shape:
         raise ValueError(_misaligned(logits, labels))
     losses = F.cross_entropy(
@@ -266,7 +261,8 @@ def unit_losses(
         raise ValueError(unsupported_head(model, granularity))
     inputs = forward_inputs(model, head, batch)
     if head in TOKEN_HEADS:
-        output_embedding = None if torch.is_grad_enabled() else _large_output_embedding(model, head)
+        materialise = torch.is_grad_enabled() or "labels" in inputs
+        output_embedding = None if materialise else _large_output_embedding(model, head)
         if output_embedding is None:
             tokens = token_losses_from_logits(head, _logits(model(**inputs)), batch, label_smoothing)
         else:
@@ -356,7 +352,8 @@ def _large_output_embedding(model: nn.Module, head: str) -> nn.Module | None:
     if head not in LM_HEADS or getattr(base, "_bilevel_scores_logits", None) is True:
         return None
     layer = base.get_output_embeddings()
-    return layer if layer is not None and layer.weight.shape[0] >= LARGE_VOCABULARY else None
+    weight = getattr(layer, "weight", None)
+    return layer if weight is not None and weight.shape[0] >= LARGE_VOCABULARY else None
 
 
 def _chunked_token_losses(

@@ -256,8 +256,9 @@ def assert_collates_alike(
     torch.manual_seed(0)
     expected = collator([items[i] for i in order])
     torch.manual_seed(0)
+    before = plain(numbered)
     batch = DataCollatorWithOrigin(collator)(numbered)
-    assert type(batch) is type(expected)
+    assert plain(numbered) == before and type(batch) is type(expected)
     origin = pop_origin(batch)
     assert origin.sample_ids.dtype == torch.int64 and origin.sample_ids.tolist() == order
     if domain_ids is None:
@@ -274,6 +275,15 @@ def test_default_collator_keeps_the_datasets_own_id_columns() -> None:
     items = [{"x": float(i), "label": i % 2, "sample_id": 100 + i, "domain_id": 7} for i in range(4)]
     batch = assert_collates_alike(default_data_collator, items, torch.tensor([3, 1, 0, 2]))
     assert batch["sample_id"].tolist() == [102, 100, 103] and batch["domain_id"].tolist() == [7, 7, 7]
+
+
+@pytest.mark.parametrize("domain_ids", [None, torch.tensor([1, 0])])
+def test_collator_sees_exactly_the_items(domain_ids: Tensor | None) -> None:
+    items, seen = [{"x": 1, "id": 5}, {"y": [2]}], []  # keys may differ from item to item
+    DataCollatorWithOrigin(lambda features: (seen.extend(features), {})[1])(
+        NumberedDataset(items, domain_ids).__getitems__([1, 0])
+    )
+    assert seen == [{"y": [2]}, {"x": 1, "id": 5}]
 
 
 def test_text_collators(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -33,6 +33,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    M2M100Config,
+    M2M100ForConditionalGeneration,
     PreTrainedModel,
     Qwen2AudioConfig,
     Qwen2AudioForConditionalGeneration,
@@ -680,11 +682,16 @@ def test_decoder_inputs_are_derived_or_kept() -> None:
     assert abs(unit_losses(model, given, "token").mean() - model(**batch).loss) > 1e-3
 
 
-def test_decoder_that_cannot_derive_its_inputs_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match="`Linear` cannot derive `decoder_input_ids` from labels. Have the data collator"
-    ):
-        forward_inputs(nn.Linear(2, 2), "seq2seq_lm", text_batch())
+def test_decoder_that_derives_its_inputs_itself() -> None:
+    """M2M100 and Blenderbot shift the labels inside their forward pass and offer no function for it."""
+    size = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "dropout": 0.0}
+    size |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "attention_dropout": 0.0}
+    for vocabulary in (SMALL_VOCABULARY, LARGE):
+        model = M2M100ForConditionalGeneration(M2M100Config(vocab_size=vocabulary, **size)).double().eval()
+        batch = text_batch()
+        assert find_head(model) == "seq2seq_lm" and "labels" in forward_inputs(model, "seq2seq_lm", batch)
+        with torch.no_grad():
+            assert_same(unit_losses(model, batch, "token").mean(), model(**batch).loss)
 
 
 def test_virtual_tokens_are_refused() -> None:

@@ -21,7 +21,7 @@ from hf_bilevel.core.selection import (
     synchronisation_schedule,
     top_units,
 )
-from hf_bilevel.data import Origin, derive_seed, pick_rows, private_randomness
+from hf_bilevel.data import Origin, derive_seed, fetch, pick_rows, private_randomness
 from hf_bilevel.losses import (
     IGNORE_INDEX,
     LM_HEADS,
@@ -273,6 +273,29 @@ class BladeMixin(BilevelMixin):
                     )
         elif self.train_dataset is not None and not self._is_stream:
             self._check_labels(self.train_dataset, "train_dataset")
+        self._check_losses()
+
+    def _check_losses(self) -> None:
+        """Warn if samples would be ranked by another loss than the one that the model is trained on."""
+        dataset = self.target_dataset if self.target_dataset is not None else self.train_dataset
+        own_loss = (
+            self.label_smoother is None and self.compute_loss_func is None and self.compute_sample_losses is None
+        )
+        if dataset is None or dataset is self.train_dataset and self._is_stream or not own_loss:
+            return
+        prepared, collator = self._collator_for(dataset)
+        with private_randomness(derive_seed(self._seed), self.args.device), self._scoring(), evaluating(self.model):
+            batch = self._prepare_inputs(collator(fetch(prepared, range(min(4, len(prepared))))))
+            outputs = self.model(**batch)
+            own = outputs["loss"] if isinstance(outputs, dict) else outputs[0]
+            ranked_by = self._losses(self.model, batch).mean()
+        if not torch.isclose(own.float(), ranked_by.float(), rtol=0.02, atol=1e-3, equal_nan=True):
+            warnings.warn(
+                f"`{type(self.model).__name__}` reports a loss of {float(own):.4g} on its first samples and would be ranked "
+                f"by a loss of {float(ranked_by):.4g}: it weights or adds something of its own. Pass "
+                "`compute_sample_losses=`, (model, batch) -> losses of shape (n,), to rank by the loss that is trained.",
+                stacklevel=4,
+            )
 
     def _check_token_setup(self) -> None:
         if self.label_smoother is not None or self.compute_loss_func is not None:

@@ -17,12 +17,16 @@ from transformers import (
     BertForQuestionAnswering,
     BertForTokenClassification,
     HfArgumentParser,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
     T5Config,
     T5ForConditionalGeneration,
+    Trainer,
     TrainerCallback,
+    ViTForImageClassification,
 )
 
-from hf_bilevel import BladeConfig, BladeTrainer
+from hf_bilevel import BladeConfig, BladeMixin, BladeTrainer
 
 STATIC = {"reference": "static", "selection_ratio": 0.5}
 
@@ -495,8 +499,6 @@ def test_peft_reference_is_what_a_copy_would_be(tmp_path: Path) -> None:
 
 
 def test_peft_off_checkpointing_and_best_model(tmp_path: Path) -> None:
-    from transformers import Trainer
-
     plain = make_trainer(Trainer, "llama", tmp_path, model=lora("llama"), save_strategy="steps", save_steps=2)
     plain.train()
     off = peft_trainer("llama", tmp_path, settings={"selection_ratio": 1.0})
@@ -641,8 +643,6 @@ def test_reference_dtype_and_device(tmp_path: Path) -> None:
 
 
 def test_warmup_is_the_plain_trainer(tmp_path: Path) -> None:
-    from transformers import Trainer
-
     plain = make_trainer(Trainer, "vit", tmp_path, max_steps=3)
     plain.train()
     settings = {"selection_ratio": 0.5, "warmup_steps": 3, "reference_steps": 1}
@@ -838,6 +838,23 @@ def test_padding_free_batches_are_refused(tmp_path: Path) -> None:
     )
 
 
+class WeightedViTForImageClassification(ViTForImageClassification):
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
+        outputs = super().forward(pixel_values=pixel_values, labels=labels)
+        if labels is not None:
+            outputs["loss"] = 2 * outputs["loss"]
+        return outputs
+
+
+def test_a_loss_of_the_models_own_is_noticed(tmp_path: Path) -> None:
+    model = WeightedViTForImageClassification(make_model("vit").config)
+    settings = {"target_dataset": make_dataset("vit", 8), "bilevel_config": BladeConfig()}
+    with pytest.warns(
+        UserWarning, match="`WeightedViTForImageClassification` reports a loss of .* and would be ranked by a loss of"
+    ):
+        make_trainer(BladeTrainer, "vit", tmp_path, model=model, trainer_kwargs=settings)
+
+
 def test_warnings_about_ignored_settings(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="`reference_model` is ignored"):
         make_trainer(
@@ -900,3 +917,73 @@ def test_config_from_command_line_and_yaml(tmp_path: Path) -> None:
         parser.parse_yaml_file(path)
     with pytest.raises(TypeError, match="`bilevel_config` must be a BladeConfig, got dict"):
         BladeTrainer(model=make_model("vit"), args=arguments(tmp_path), bilevel_config={"selection_ratio": 0.5})
+
+
+# Other trainers -------------------------------------------------------------------------------------------------------
+
+
+class BladeSeq2SeqTrainer(BladeMixin, Seq2SeqTrainer):
+    pass
+
+
+class OwnTrainer(Trainer):
+    """A user's trainer that adds to the loss of one forward."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        loss = loss + 1e-3 * outputs["logits"].square().mean()
+        return (loss, outputs) if return_outputs else loss
+
+
+class TwiceTrainer(Trainer):
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        model(**inputs)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+class BladeOwnTrainer(BladeMixin, OwnTrainer):
+    pass
+
+
+class BladeTwiceTrainer(BladeMixin, TwiceTrainer):
+    pass
+
+
+def test_seq2seq_trainer_with_generation(tmp_path: Path) -> None:
+    size = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
+    args = Seq2SeqTrainingArguments(
+        str(tmp_path),
+        predict_with_generate=True,
+        generation_max_length=4,
+        max_steps=2,
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    data = make_dataset("bert_mlm", 16)
+    trainer = BladeSeq2SeqTrainer(
+        model=T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, decoder_start_token_id=0, **size)),
+        args=args,
+        train_dataset=data,
+        target_dataset=make_dataset("bert_mlm", 10, seed=7),
+        bilevel_config=BladeConfig(selection_ratio=0.5, reference_steps=1),
+    )
+    assert trainer.granularity == "token"
+    trainer.train()
+    assert trainer.predict(data).predictions.ndim == 2  # generated tokens, not logits
+
+
+def test_own_compute_loss(tmp_path: Path) -> None:
+    settings = {"bilevel_config": BladeConfig(selection_ratio=0.5, score="loss")}
+    runs = []
+    for trainer_class in (BladeTrainer, BladeOwnTrainer):
+        trainer = make_trainer(trainer_class, "llama", tmp_path, trainer_kwargs=settings)
+        trainer.train()
+        runs.append(parameters_of(trainer))
+    assert not torch.equal(*runs)
+    with pytest.raises(RuntimeError, match=r"called `model\(\*\*inputs\)` 2 times; token selection needs exactly one"):
+        make_trainer(BladeTwiceTrainer, "llama", tmp_path, trainer_kwargs=settings).train()
