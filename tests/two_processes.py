@@ -77,7 +77,7 @@ def check(folder: Path, case: str, name: str, **kwargs: Any) -> None:
 
     dist.barrier()
     state = torch.load(folder / "on" / "checkpoint-6" / "bilevel_state.pt", weights_only=True)["shared"]
-    for key, value in state["reference"].items():
+    for key, value in state["reference"]["weights"].items():
         assert same_on_both(value), f"{case}: the ranks' references differ in {key}"
     tables = whole.sample_tally.state_dict()
     assert same_on_both(tables["offered"])

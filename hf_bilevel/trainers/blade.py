@@ -1,16 +1,14 @@
 """BLADE: train on the samples or tokens on which the model does worst compared with a dynamic reference model."""
 
+import math
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import Trainer
 
 from hf_bilevel.core.selection import (
@@ -32,19 +30,13 @@ from hf_bilevel.losses import (
     forward_inputs,
     labelled_tokens,
     token_losses_from_logits,
-    unit_losses,
     unsupported_head,
 )
-from hf_bilevel.trainers.base import BilevelConfig, BilevelMixin
-from hf_bilevel.trainers.reference import Reference, ReferenceAdapter, ReferenceCopy, check_adapter, is_peft_model
-
-NUM_RECENT_BATCHES = 32
-"""Candidate batches of a stream that the reference model trains on; a stream cannot be read twice."""
+from hf_bilevel.trainers.config import BilevelConfig
+from hf_bilevel.trainers.reference import ReferenceMixin
 
 NUM_SCORED_TOGETHER = 8
 """Batches scored by one model before the other takes its turn: an adapter or a parked copy is swapped in once for them."""
-
-_TARGET_STREAM, _POOL_STREAM = 1, 2  # tell the seeds of the two loaders apart
 
 
 @dataclass
@@ -178,7 +170,7 @@ class BladeConfig(BilevelConfig):
             )
 
 
-class BladeMixin(BilevelMixin):
+class BladeMixin(ReferenceMixin):
     """BLADE for ``Trainer`` and its subclasses; see ``BladeTrainer``.
 
     A subclass that overrides ``compute_loss`` can be mixed with if it calls ``model(**inputs)`` once and takes the loss
@@ -188,9 +180,7 @@ class BladeMixin(BilevelMixin):
     method = "blade"
     config_class = BladeConfig
 
-    def __init__(self, *args: Any, reference_model: nn.Module | None = None, **kwargs: Any) -> None:
-        self.reference_model = reference_model
-        self.reference: Reference | None = None
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._pending: deque[tuple[Origin, Tensor | None]] = deque()  # what compute_loss needs for each micro-batch
         super().__init__(*args, **kwargs)
 
@@ -238,40 +228,13 @@ class BladeMixin(BilevelMixin):
             self._check_token_setup()
         else:
             self._check_sample_setup()
-        if self._reference_kind == "static" and self.reference_model is None:
-            raise ValueError(
-                "`reference='static'` needs a `reference_model`: a frozen model of the same kind, trained on the target "
-                "data for instance. Pass one, or use `reference='dynamic'`."
-            )
-        if self._reference_kind == "static" and any(
-            p is q for p, q in zip(self.model.parameters(), self.reference_model.parameters(), strict=False)
-        ):
-            raise ValueError(
-                "`reference_model` shares its weights with `model`, so the excess loss would be 0 everywhere. Pass a copy, "
-                "`copy.deepcopy(model)`."
-            )
-        if self.reference_model is not None and self._reference_kind != "static":
+        if config.score != "excess_loss" and self.reference_model is not None:
             warnings.warn(
-                f"`reference_model` is ignored with `reference={config.reference!r}` and `score={config.score!r}`; it is "
-                "used with `reference='static'` and `score='excess_loss'`.",
+                f"`reference_model` is ignored with `score={config.score!r}`, which compares with nothing.",
                 stacklevel=4,
             )
-        if self._reference_kind == "dynamic":
-            self._check_target_dataset()
-            if self.accelerator.mixed_precision == "fp16":
-                raise ValueError(
-                    "A dynamic reference is not trained in fp16, where its small gradients vanish without a scaler of its "
-                    "own. Use `bf16=True`, or `reference='static'`."
-                )
-            if is_peft_model(self.model):
-                check_adapter(self.model)
-                if config.reference_dtype != "auto" or config.reference_device != "auto":
-                    warnings.warn(
-                        "`reference_dtype` and `reference_device` are ignored: the reference of a PEFT model is a second "
-                        "adapter on the same base.",
-                        stacklevel=4,
-                    )
-        elif self.train_dataset is not None and not self._is_stream:
+        self._check_reference(self._reference_kind)
+        if self._reference_kind != "dynamic" and self.train_dataset is not None and not self._is_stream:
             self._check_labels(self.train_dataset, "train_dataset")
         self._check_losses()
 
@@ -289,7 +252,8 @@ class BladeMixin(BilevelMixin):
             outputs = self.model(**batch)
             own = outputs["loss"] if isinstance(outputs, dict) else outputs[0]
             ranked_by = self._losses(self.model, batch).mean()
-        if not torch.isclose(own.float(), ranked_by.float(), rtol=0.02, atol=1e-3, equal_nan=True):
+        agree = torch.isclose(own.float(), ranked_by.float(), rtol=0.02, atol=1e-3)
+        if bool(own.isfinite()) and not agree:  # rows without labels have no loss of their own
             warnings.warn(
                 f"`{type(self.model).__name__}` reports a loss of {float(own):.4g} on its first samples and would be ranked "
                 f"by a loss of {float(ranked_by):.4g}: it weights or adds something of its own. Pass "
@@ -334,10 +298,10 @@ class BladeMixin(BilevelMixin):
             )
 
     def _begin_training(self) -> None:
-        config, device = self.bilevel_config, self.args.device
-        self.reference, self._synced_at = None, -1
+        device = self.args.device
         self._pending.clear()
-        self._recent: deque[dict[str, Any]] = deque(maxlen=NUM_RECENT_BATCHES)
+        self._synced_at = -1
+        self._begin_reference("none" if self._is_off() else self._reference_kind)
         if self._is_off():
             return
         num_pool = 0 if self._is_stream or self.train_dataset is None else len(self.train_dataset)
@@ -345,38 +309,16 @@ class BladeMixin(BilevelMixin):
         self.domain_tally = SelectionTally(len(self.domain_names or ()))
         # offered, selected, sum of scores, of selected scores, excluded: since the last log
         self._sums = torch.zeros(5, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
-        self._reference_losses: list[Tensor] = []
+        self._reference_losses: list[Tensor] = []  # of each synchronisation since the last log
         self._logged_domains: dict[int, tuple[float, float]] = {}
-        if self._reference_kind == "dynamic" and is_peft_model(self.model):
-            self.reference = ReferenceAdapter(self.model)
-        elif self._reference_kind != "none":
-            dtype = None if config.reference_dtype == "auto" else getattr(torch, config.reference_dtype)
-            parked = config.reference_device == "cpu"
-            if self._reference_kind == "static":
-                self.reference = ReferenceCopy(self.model, self.reference_model, dtype, device, parked)
-            else:
-                self.reference = ReferenceCopy.of(self.model, dtype, device, parked)
-        if self._reference_kind == "dynamic":
-            batch_size = config.target_batch_size or self.args.per_device_train_batch_size
-            self._target_loader = self._endless_loader(self.target_dataset, batch_size, _TARGET_STREAM)
-            self._pool_loader = None
-            if not self._is_stream:
-                self._pool_loader = self._endless_loader(
-                    self.train_dataset, self.args.per_device_train_batch_size, _POOL_STREAM
-                )
-
-    def _end_training(self) -> None:
-        if self.reference is not None:
-            self.reference.remove()
-            self.reference = None
 
     # Selection ------------------------------------------------------------------------------------------------------
 
     def _select(self, batches: list[Any], origins: list[Origin], num_items: Any) -> tuple[list[Any], Any]:
         step, rank = self.state.global_step, self.args.process_index
         self._pending.clear()
-        if self._is_stream and self._reference_kind == "dynamic" and self.penalty > 0:
-            self._recent.extend(send_to_device(batch, "cpu") for batch in batches)
+        if self.penalty > 0:
+            self._remember(batches)
         if step < self.bilevel_config.warmup_steps:
             return batches, num_items
         if self._reference_kind == "dynamic":
@@ -389,22 +331,6 @@ class BladeMixin(BilevelMixin):
             self._plan_tokens(prepared, origins)
         planned = [self._planned_labels(batch) for batch in prepared]
         return batches, self._get_num_items_in_batch(planned, self.args.device)
-
-    @contextmanager
-    def _scoring(self) -> Iterator[None]:
-        """Score without gradients, in the run's mixed precision."""
-        with torch.no_grad(), self.accelerator.autocast():
-            yield
-
-    def _losses(self, model: nn.Module, batch: Mapping[str, Any]) -> UnitLosses:
-        smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
-        return unit_losses(
-            model,
-            batch,
-            self.granularity,
-            label_smoothing=smoothing,
-            compute_sample_losses=self.compute_sample_losses,
-        )
 
     def _score(self, batches: list[Any], score: str) -> list[tuple[Tensor, Tensor]]:
         """Score the units of candidate batches: (scores, valid) for each; one forward of each model a batch."""
@@ -578,52 +504,34 @@ class BladeMixin(BilevelMixin):
         Raises:
             FloatingPointError: If the reference's loss ends NaN or infinite.
         """
-        device = self.args.device
-        position = 0 if self._pool_loader is None else self._pool_loader.position
-        with private_randomness(derive_seed(self._seed, step, self.args.process_index, 1), device):
+        with private_randomness(derive_seed(self._seed, step, self.args.process_index, 1), self.args.device):
             selections = None
             if self.penalty > 0 and not first:
-                selections = self._lower_selections(range(position, position + num_steps), step)
+                selections = self._lower_selections(step, num_steps)
             self.reference.synchronise()
-            with self.reference.active(training=True) as reference:
-                optimizer = self._reference_optimizer(reference)
-                steps = tqdm(
-                    range(num_steps),
-                    desc="Reference model",
-                    leave=False,
-                    disable=self.args.disable_tqdm or not self.is_local_process_zero(),
+
+            def loss(reference: nn.Module, k: int) -> Tensor:
+                upper_loss = self._losses(reference, self._draw_target_batch()).mean()
+                if self.penalty == 0:
+                    return upper_loss
+                selection = None if selections is None else selections[k]
+                return penalised_loss(
+                    upper_loss, self._lower_loss(reference, self._pool_batch(step, k), selection), self.penalty
                 )
-                for k in steps:
-                    with self.accelerator.autocast():
-                        target_batch = self._prepare_inputs(self._target_loader.draw())
-                        loss = self._losses(reference, target_batch).mean()
-                        if self.penalty > 0:
-                            batch = self._pool_batch(position + k, step)
-                            selection = None if selections is None else selections[k]
-                            loss = penalised_loss(loss, self._lower_loss(reference, batch, selection), self.penalty)
-                    loss.backward()
-                    self._step_reference(reference, optimizer)
-                    self._reference_losses.append(loss.detach())
-        if self._pool_loader is not None:
-            self._pool_loader.position = position + num_steps
-        last = float(self._reference_losses[-1])  # one host sync for each synchronisation
-        if last != last or abs(last) == float("inf"):
+
+            self._reference_losses.append(self._train_reference(num_steps, loss))
+        last = float(self._reference_losses[-1][-1])  # one host sync for each synchronisation
+        if not math.isfinite(last):
             raise FloatingPointError(
                 f"The loss of the reference model is {last} after the synchronisation at step {step}. Lower "
                 f"`reference_learning_rate` (now {self._reference_learning_rate}) or check the target dataset."
             )
 
-    def _pool_batch(self, position: int, step: int) -> Any:
-        if self._pool_loader is not None:
-            return self._prepare_inputs(self._pool_loader.batch_at(position))
-        index = derive_seed(self._seed, step, position, self.args.process_index) % len(self._recent)
-        return self._prepare_inputs(self._recent[index])
-
-    def _lower_selections(self, positions: range, step: int) -> list[Tensor]:
+    def _lower_selections(self, step: int, num_steps: int) -> list[Tensor]:
         """Select from the reference's training batches, by the proxy and the outgoing reference."""
         selections = []
-        for start in range(0, len(positions), NUM_SCORED_TOGETHER):
-            batches = [self._pool_batch(position, step) for position in positions[start : start + NUM_SCORED_TOGETHER]]
+        for start in range(0, num_steps, NUM_SCORED_TOGETHER):
+            batches = [self._pool_batch(step, k) for k in range(start, min(start + NUM_SCORED_TOGETHER, num_steps))]
             with self._scoring():
                 scored = self._score(batches, "excess_loss")
             for scores, valid in scored:
@@ -638,32 +546,6 @@ class BladeMixin(BilevelMixin):
         units = self._losses(reference, batch)
         finite = units.losses.detach().isfinite()
         return units.mean(finite if selection is None else selection & finite)
-
-    @property
-    def _reference_learning_rate(self) -> float:
-        given = self.bilevel_config.reference_learning_rate
-        return self.args.learning_rate if given is None else given
-
-    def _reference_optimizer(self, reference: nn.Module) -> torch.optim.Optimizer:
-        """Build a fresh optimizer as the Trainer (or a subclass of it) builds its own."""
-        own, self.optimizer = self.optimizer, None
-        try:
-            optimizer = self.create_optimizer(reference)
-        finally:
-            self.optimizer = own
-        for group in optimizer.param_groups:
-            group["lr"] = self._reference_learning_rate
-        return optimizer
-
-    def _step_reference(self, reference: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        parameters = [p for p in reference.parameters() if p.requires_grad and p.grad is not None]
-        if self.args.world_size > 1:  # the reference is not wrapped in DDP
-            for parameter in parameters:
-                parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
-        if self.args.max_grad_norm:
-            nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
 
     # State, logging, facts ------------------------------------------------------------------------------------------
 
@@ -681,46 +563,17 @@ class BladeMixin(BilevelMixin):
         self._merge(self.sample_tally)
         self._merge(self.domain_tally)
         state = {"samples": self.sample_tally.state_dict(), "domains": self.domain_tally.state_dict()}
-        if self._reference_kind == "static":
-            state["fingerprint"] = self._reference_fingerprint()
-        if self._reference_kind == "dynamic":
-            state["synced_at"] = self._synced_at
-            state["reference"] = self.reference.state_dict()
-            state["target_position"] = self._target_loader.position
-            state["pool_position"] = 0 if self._pool_loader is None else self._pool_loader.position
+        state["reference"] = self._reference_state()
+        state["synced_at"] = self._synced_at
         return state
-
-    def _rank_state(self) -> dict[str, Any]:
-        return {"recent": list(self._recent)} if self._recent else {}
 
     def _load_state(self, shared: dict[str, Any], rank: dict[str, Any]) -> None:
         if self._is_off() or not shared:
             return
         self.sample_tally.load_state_dict(shared["samples"])
         self.domain_tally.load_state_dict(shared["domains"])
-        if self._reference_kind == "static" and shared.get("fingerprint") != self._reference_fingerprint():
-            raise ValueError(
-                "`reference_model` has other weights than the one of the checkpoint, so the run would select other data. "
-                "Pass the same model, or start a new run."
-            )
-        if self._reference_kind == "dynamic" and "reference" in shared:
-            self._synced_at = shared["synced_at"]
-            self.reference.load_state_dict(shared["reference"])
-            self._target_loader.position = shared["target_position"]
-            if self._pool_loader is not None:
-                self._pool_loader.position = shared["pool_position"]
-        self._recent.extend(rank.get("recent", ()))
-
-    def _reference_fingerprint(self) -> float:
-        parameters = self.reference_model.parameters()
-        return float(sum(p.detach().double().abs().sum().cpu() for p in parameters))
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if isinstance(self.reference, ReferenceAdapter):
-            with self.reference.hidden():
-                super()._save(output_dir, state_dict=state_dict)
-        else:
-            super()._save(output_dir, state_dict=state_dict)
+        self._synced_at = shared["synced_at"]
+        self._load_reference_state(shared["reference"], rank)
 
     def _bilevel_metrics(self) -> dict[str, float]:
         offered, selected, scores, kept_scores, excluded = self.accelerator.reduce(self._sums.clone()).tolist()
@@ -734,7 +587,7 @@ class BladeMixin(BilevelMixin):
             metrics["blade/selected_fraction"] = selected / offered
             metrics["blade/num_excluded"] = excluded
         if self._reference_losses:
-            metrics["blade/reference_loss"] = float(torch.stack(self._reference_losses).mean())
+            metrics["blade/reference_loss"] = float(torch.cat(self._reference_losses).mean())
             self._reference_losses = []
         if self.bilevel_config.domain_column is not None:
             self._merge(self.domain_tally)

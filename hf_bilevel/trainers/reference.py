@@ -1,14 +1,29 @@
-"""The reference model beside the model being trained: a copy for full fine-tuning, a second adapter for PEFT models."""
+"""The reference model beside the model being trained, and its training.
+
+A copy of the model for full fine-tuning, a second adapter for PEFT models.
+"""
 
 import copy
-from collections.abc import Iterator
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from hf_bilevel.data import EndlessLoader, derive_seed
+from hf_bilevel.trainers.base import BilevelMixin
 
 ADAPTER_NAME = "bilevel_reference"
+
+NUM_RECENT_BATCHES = 32
+"""Candidate batches of a stream that the reference model trains on; a stream cannot be read twice."""
+
+_TARGET_STREAM, _POOL_STREAM = 1, 2  # tell the seeds of the two loaders apart
 
 
 class Reference(Protocol):
@@ -208,3 +223,196 @@ def is_peft_model(model: nn.Module) -> bool:
 
 def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
+
+
+class ReferenceMixin(BilevelMixin):
+    """A reference model beside the model being trained: static, or dynamic with training data and an optimizer of its own.
+
+    Args:
+        *args: As for ``BilevelMixin``.
+        reference_model: A frozen model to compare with, for a static reference.
+        **kwargs: As for ``BilevelMixin``.
+    """
+
+    def __init__(self, *args: Any, reference_model: nn.Module | None = None, **kwargs: Any) -> None:
+        self.reference_model = reference_model
+        self.reference: Reference | None = None
+        super().__init__(*args, **kwargs)
+
+    def _check_reference(self, kind: str) -> None:
+        """Refuse what cannot serve as a reference of this kind: "dynamic", "static" or "none"."""
+        config = self.bilevel_config
+        if kind == "static":
+            if self.reference_model is None:
+                raise ValueError(
+                    "`reference='static'` needs a `reference_model`: a frozen model of the same kind, trained on the "
+                    "target data for instance. Pass one, or use `reference='dynamic'`."
+                )
+            pairs = zip(self.model.parameters(), self.reference_model.parameters(), strict=False)
+            if any(own is given for own, given in pairs):
+                raise ValueError(
+                    "`reference_model` shares its weights with `model`, so the excess loss would be 0 everywhere. Pass a "
+                    "copy, `copy.deepcopy(model)`."
+                )
+        elif kind == "dynamic":
+            self._check_target_dataset()
+            if self.accelerator.mixed_precision == "fp16":
+                raise ValueError(
+                    "A dynamic reference is not trained in fp16, where its small gradients vanish without a scaler of its "
+                    "own. Use `bf16=True`, or `reference='static'`."
+                )
+            if self.reference_model is not None:
+                warnings.warn("`reference_model` is ignored with `reference='dynamic'`; use 'static'.", stacklevel=5)
+            if is_peft_model(self.model):
+                check_adapter(self.model)
+                if config.reference_dtype != "auto" or config.reference_device != "auto":
+                    warnings.warn(
+                        "`reference_dtype` and `reference_device` are ignored: the reference of a PEFT model is a second "
+                        "adapter on the same base.",
+                        stacklevel=5,
+                    )
+
+    def _begin_reference(self, kind: str) -> None:
+        """Set up the reference and its data at the start of a run."""
+        config, device = self.bilevel_config, self.args.device
+        self.reference = None
+        self._target_loader: EndlessLoader | None = None
+        self._pool_loader: EndlessLoader | None = None
+        self._recent: deque[dict[str, Any]] = deque(maxlen=NUM_RECENT_BATCHES)
+        if kind == "none":
+            return
+        dtype = None if config.reference_dtype == "auto" else getattr(torch, config.reference_dtype)
+        parked = config.reference_device == "cpu"
+        if kind == "static":
+            self.reference = ReferenceCopy(self.model, self.reference_model, dtype, device, parked)
+            return
+        if is_peft_model(self.model):
+            self.reference = ReferenceAdapter(self.model)
+        else:
+            self.reference = ReferenceCopy.of(self.model, dtype, device, parked)
+        batch_size = self.args.per_device_train_batch_size
+        self._target_loader = self._endless_loader(
+            self.target_dataset, config.target_batch_size or batch_size, _TARGET_STREAM
+        )
+        if not self._is_stream:
+            self._pool_loader = self._endless_loader(self.train_dataset, batch_size, _POOL_STREAM)
+
+    def _end_training(self) -> None:
+        if self.reference is not None:
+            self.reference.remove()
+            self.reference = None
+
+    # Training data of the reference ---------------------------------------------------------------------------------
+
+    def _remember(self, batches: list[Any]) -> None:
+        """Keep candidate batches of a stream, from which a dynamic reference is trained."""
+        if self._is_stream and self._target_loader is not None:
+            self._recent.extend(send_to_device(batch, "cpu") for batch in batches)
+
+    def _draw_target_batch(self) -> Any:
+        return self._prepare_inputs(self._target_loader.draw())
+
+    def _pool_batch(self, step: int, k: int) -> Any:
+        """Return training batch k of the reference phase at an optimizer step; the same one when asked again."""
+        if self._pool_loader is not None:
+            return self._prepare_inputs(self._pool_loader.batch_at(self._pool_loader.position + k))
+        index = derive_seed(self._seed, step, k, self.args.process_index) % len(self._recent)
+        return self._prepare_inputs(self._recent[index])
+
+    # Its optimizer --------------------------------------------------------------------------------------------------
+
+    @property
+    def _reference_learning_rate(self) -> float:
+        given = self.bilevel_config.reference_learning_rate
+        return self.args.learning_rate if given is None else given
+
+    def _train_reference(self, num_steps: int, loss: Callable[[nn.Module, int], Tensor]) -> Tensor:
+        """Take optimizer steps on the reference with a fresh optimizer.
+
+        Args:
+            num_steps: Number of steps.
+            loss: From the reference's module and the index of the step to the loss to minimise.
+
+        Returns:
+            The loss of every step, ``(num_steps,)``, on the device: no host sync.
+        """
+        losses = []
+        with self.reference.active(training=True) as reference:
+            optimizer = self._reference_optimizer(reference)
+            steps = tqdm(
+                range(num_steps),
+                desc="Reference model",
+                leave=False,
+                disable=self.args.disable_tqdm or not self.is_local_process_zero(),
+            )
+            for k in steps:
+                with self.accelerator.autocast():
+                    step_loss = loss(reference, k)
+                step_loss.backward()
+                self._step_reference(reference, optimizer)
+                losses.append(step_loss.detach())
+        if self._pool_loader is not None:
+            self._pool_loader.position += num_steps
+        return torch.stack(losses)
+
+    def _reference_optimizer(self, reference: nn.Module) -> torch.optim.Optimizer:
+        """Build a fresh optimizer as the Trainer (or a subclass of it) builds its own."""
+        own, self.optimizer = self.optimizer, None
+        try:
+            optimizer = self.create_optimizer(reference)
+        finally:
+            self.optimizer = own
+        for group in optimizer.param_groups:
+            group["lr"] = self._reference_learning_rate
+        return optimizer
+
+    def _step_reference(self, reference: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        parameters = [p for p in reference.parameters() if p.requires_grad and p.grad is not None]
+        if self.args.world_size > 1:  # the reference is not wrapped in DDP
+            for parameter in parameters:
+                parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+        if self.args.max_grad_norm:
+            nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    # State ----------------------------------------------------------------------------------------------------------
+
+    def _reference_state(self) -> dict[str, Any]:
+        """Return the reference's state, the same on all ranks."""
+        if self._target_loader is not None:
+            return {
+                "weights": self.reference.state_dict(),
+                "target_position": self._target_loader.position,
+                "pool_position": 0 if self._pool_loader is None else self._pool_loader.position,
+            }
+        return {} if self.reference is None else {"fingerprint": self._reference_fingerprint()}
+
+    def _rank_state(self) -> dict[str, Any]:
+        return {"recent": list(self._recent)} if self._recent else {}
+
+    def _load_reference_state(self, state: dict[str, Any], rank: dict[str, Any]) -> None:
+        """Restore both."""
+        if "fingerprint" in state and self.reference is not None and self._target_loader is None:
+            if state["fingerprint"] != self._reference_fingerprint():
+                raise ValueError(
+                    "`reference_model` has other weights than the one of the checkpoint, so the run would select other "
+                    "data. Pass the same model, or start a new run."
+                )
+        if "weights" in state and self._target_loader is not None:
+            self.reference.load_state_dict(state["weights"])
+            self._target_loader.position = state["target_position"]
+            if self._pool_loader is not None:
+                self._pool_loader.position = state["pool_position"]
+        self._recent.extend(rank.get("recent", ()))
+
+    def _reference_fingerprint(self) -> float:
+        parameters = self.reference_model.parameters()
+        return float(sum(p.detach().double().abs().sum().cpu() for p in parameters))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if isinstance(self.reference, ReferenceAdapter):
+            with self.reference.hidden():
+                super()._save(output_dir, state_dict=state_dict)
+        else:
+            super()._save(output_dir, state_dict=state_dict)

@@ -47,6 +47,20 @@ BLADE = {
     "target_batch_size": 64,
 }
 STATIC_STEPS = 300
+SWEEP = (
+    "",
+    "penalty=0.1",
+    "penalty=1",
+    "reference_steps=15",
+    "reference_steps=50",
+    "sync_steps=25 reference_steps=15",
+    "first_reference_steps=30",
+    "selection_ratio=0.15",
+    "selection_ratio=0.4",
+    "reference_learning_rate=0.0003",
+    "target_batch_size=200",
+    "warmup_steps=50",
+)
 
 
 @lru_cache(maxsize=1)
@@ -167,6 +181,12 @@ def run_arm(arm: str, seed: int, data: dict[str, list[dict]], steps: int, settin
     return row
 
 
+def parse(pairs: list[str]) -> dict[str, int | float]:
+    """Read KEY=VALUE settings of BladeConfig, all of them numbers."""
+    split = (pair.split("=", 1) for pair in pairs)
+    return {key: int(value) if value.isdigit() else float(value) for key, value in split}
+
+
 def summarise(rows: list[dict], arms: list[str]) -> dict[str, float]:
     summary = {}
     values = {(row["arm"], row["seed"]): row for row in rows}
@@ -196,21 +216,25 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--blade", nargs="*", default=[], metavar="KEY=VALUE", help="other settings of BladeConfig")
+    parser.add_argument(
+        "--sweep", action="store_true", help="instead of the arms: BLADE with other settings, one at a time"
+    )
     parser.add_argument("--output", default=None)
     options = parser.parse_args(argv)
     if options.smoke:
         options.seeds, options.steps = 1, 12
-    settings = {}
-    for pair in options.blade:
-        key, value = pair.split("=", 1)
-        settings[key] = value if value == "auto" else type(BLADE.get(key, 1.0))(float(value))
     rows = []
+    variants = dict.fromkeys(options.arms, options.blade)
+    if options.sweep:
+        variants = {f"blade {pairs}".strip(): pairs.split() for pairs in SWEEP}
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(options.first_seed, options.first_seed + options.seeds):
             data = make_data(seed)
-            for arm in options.arms:
-                rows.append(run_arm(arm, seed, data, options.steps, settings, folder))
+            for variant, pairs in variants.items():
+                row = run_arm(variant.split()[0], seed, data, options.steps, parse(pairs), folder)
+                rows.append({**row, "arm": variant})
                 print({key: round(v, 4) if isinstance(v, float) else v for key, v in rows[-1].items()}, flush=True)
+    options.arms = list(variants)
     summary = summarise(rows, options.arms)
     table = [
         [arm]
@@ -232,7 +256,7 @@ def main(argv: list[str] | None = None) -> dict:
         "seeds": options.seeds,
         "candidates": CANDIDATES,
         "selection_ratio": RATIO,
-        "blade": {**BLADE, **settings},
+        "blade": {**BLADE, **parse(options.blade)},
         "static_reference_steps": STATIC_STEPS,
         "learning_rate": 1e-3,
         "noise": "symmetric, 50 %",
@@ -241,7 +265,9 @@ def main(argv: list[str] | None = None) -> dict:
         "num_test": 1000,
         "model": "ResNet, 2 stages of 1 basic block, 16 and 32 channels",
     }
-    return write_report("noisy_labels", config, rows, summary, options.output)
+    return write_report(
+        "noisy_labels_sweep" if options.sweep else "noisy_labels", config, rows, summary, options.output
+    )
 
 
 if __name__ == "__main__":

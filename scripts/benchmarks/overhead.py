@@ -1,6 +1,6 @@
 """Seconds of an optimizer step of every method over those of a step of ``transformers.Trainer``, within one run.
 
-    python scripts/benchmarks/overhead.py --output scripts/benchmarks/results/overhead.json    # about 8 minutes, 1 thread
+    python scripts/benchmarks/overhead.py --output scripts/benchmarks/results/overhead.json    # about 10 minutes, 1 thread
     python scripts/benchmarks/overhead.py --smoke
 
 Each arm has a trainer of its own on a copy of one model and on the same random data. In every round each trainer makes one

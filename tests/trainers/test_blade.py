@@ -237,8 +237,8 @@ def test_reference_phase_by_brute_force(tmp_path: Path) -> None:
                     parameter.sub_(0.3 * gradient)
         state = torch.load(tmp_path / f"checkpoint-{step + 1}" / "bilevel_state.pt", weights_only=True)
         expected = reference.state_dict()
-        assert expected.keys() == state["shared"]["reference"].keys()
-        for key, value in state["shared"]["reference"].items():
+        assert expected.keys() == state["shared"]["reference"]["weights"].keys()
+        for key, value in state["shared"]["reference"]["weights"].items():
             torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-10)
 
 
@@ -685,10 +685,12 @@ def test_every_part_of_the_state_matters(part: str, tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint-4"
     state = torch.load(checkpoint / "bilevel_state.pt", weights_only=True)
     if part == "reference":
-        for value in state["shared"]["reference"].values():
+        for value in state["shared"]["reference"]["weights"].values():
             value.add_(torch.randn(value.shape, generator=torch.Generator().manual_seed(0)))
+    elif part == "synced_at":
+        state["shared"][part] = -1
     else:
-        state["shared"][part] = -1 if part == "synced_at" else state["shared"][part] + 3
+        state["shared"]["reference"][part] += 3
     torch.save(state, checkpoint / "bilevel_state.pt")
     resumed = saved_run(tmp_path / "other")
     if part in ("target_position", "pool_position"):  # used at the next synchronisation, at step 6
