@@ -96,6 +96,9 @@ class NumberedStream(IterableDataset):
         self.domain_column = domain_column
         self._index = None if domain_names is None else {name: i for i, name in enumerate(domain_names)}
 
+    def __len__(self) -> int:
+        return len(self.dataset)  # a TypeError where the stream has no length, as Trainer expects
+
     def set_epoch(self, epoch: int) -> None:
         """Pass the epoch on, for streams that shuffle."""
         if hasattr(self.dataset, "set_epoch"):
@@ -215,6 +218,19 @@ def _pick(value: Any, indices: list[int], num_rows: int, path: str) -> Any:
             return type(value)([value[i] for i in indices])
         entries = [_pick(entry, indices, num_rows, f"{path}[{i}]") for i, entry in enumerate(value)]
         return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
+    return value
+
+
+def plain_copy(value: Any) -> Any:
+    """Copy a batch to the CPU as dicts, lists and tensors only, which ``torch.load`` reads back safely."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, np.ndarray):
+        return torch.tensor(value)
+    if isinstance(value, Mapping):
+        return {key: plain_copy(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_copy(entry) for entry in value]
     return value
 
 

@@ -387,6 +387,8 @@ def _chunked_token_losses(
             del output_embedding.forward  # uncovers the method of the class
         else:
             output_embedding.forward = patched
+    if len(recorded) != 1:  # a model that applies the layer in its own way
+        return token_losses_from_logits(head, _logits(model(**inputs)), batch, label_smoothing)
     ((hidden, first, autocast),) = recorded
     base = unwrap(model)
     if not hasattr(base, "_bilevel_scores_logits"):

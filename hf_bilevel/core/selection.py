@@ -103,24 +103,6 @@ def top_units(scores: Tensor, eligible: Tensor, num: int | Tensor) -> Tensor:
     return ((rank < num) & candidates).view(scores.shape)
 
 
-def penalised_loss(upper_loss: Tensor, lower_loss: Tensor, penalty: float) -> Tensor:
-    r"""Objective of the reference model, :math:`L_{val}(w) + \lambda L_{train}(\alpha, w)`.
-
-    Args:
-        upper_loss: Loss on the target batch, scalar.
-        lower_loss: Loss on the selected units of a training batch, scalar.
-        penalty: :math:`\lambda \ge 0`. Large values tie the reference model to the selected training data; 0 trains it
-            on the target dataset alone.
-
-    Returns:
-        The sum, scalar.
-
-    References:
-        BLADE (arXiv 2606.18650), the penalised single-level problem.
-    """
-    return upper_loss + penalty * lower_loss
-
-
 def synchronisation_schedule(sync_steps: int | None, reference_steps: int | None, max_steps: int) -> tuple[int, int]:
     """Resolve the synchronisation period T and the reference steps K.
 

@@ -20,6 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_bilevel.data import (
+    SAMPLE_ID,
     DataCollatorWithOrigin,
     EndlessLoader,
     NumberedDataset,
@@ -82,8 +83,8 @@ class BilevelMixin:
         self.compute_sample_losses = compute_sample_losses
         self._resumed_state: dict[str, Any] | None = None
         super().__init__(model=model, args=args, **kwargs)
-        self._check_bilevel_setup()
-        self._domain_ids, self.domain_names = self._find_domains()
+        self._candidate_batch_size = self.args.per_device_train_batch_size
+        self._prepare_pool()
 
     # What a method defines ------------------------------------------------------------------------------------------
 
@@ -103,6 +104,11 @@ class BilevelMixin:
                 f"{type(self).__name__} does not run under torch.nn.DataParallel ({self.args.n_gpu} devices in one "
                 "process). Start one process per device with `accelerate launch` or `torchrun`, or set "
                 "CUDA_VISIBLE_DEVICES to one device."
+            )
+        if self.is_model_parallel:
+            raise ValueError(
+                f"{type(self).__name__} does not run a model that `device_map` spreads over several devices. Load it on one "
+                "device, with LoRA or gradient checkpointing to save memory."
             )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
@@ -158,9 +164,17 @@ class BilevelMixin:
     def _is_stream(self) -> bool:
         return isinstance(self.train_dataset, (torch.utils.data.IterableDataset, datasets.IterableDataset))
 
+    def _prepare_pool(self) -> None:
+        """Check the setup and read the domains; again at the start of training if the dataset was replaced."""
+        # Items are read, and a user's augmentation must not draw from the global generators for it.
+        with private_randomness(derive_seed(self._seed), self.args.device):
+            self._check_bilevel_setup()
+            self._domain_ids, self.domain_names = self._find_domains()
+        self._prepared_pool = self.train_dataset
+
     def _find_domains(self) -> tuple[torch.Tensor | None, list[str] | None]:
         config = self.bilevel_config
-        if config.domain_column is None or self.train_dataset is None:
+        if config.domain_column is None or self.train_dataset is None or self._is_off():
             return None, config.domain_names
         if self._is_stream:
             first = next(iter(self.train_dataset))
@@ -213,6 +227,11 @@ class BilevelMixin:
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._is_off() or not batches:
             return batches, num_items
+        if SAMPLE_ID not in batches[0]:
+            raise ValueError(
+                "The training batches carry no sample ids: a `get_train_dataloader` of your own made the loader. Have it "
+                "call `super().get_train_dataloader()`, or change the sampler or the collator instead."
+            )
         origins = [pop_origin(batch) for batch in batches]
         return self._select(batches, origins, num_items)
 
@@ -242,6 +261,8 @@ class BilevelMixin:
 
     def _check_target_dataset(self) -> None:
         """Refuse a target dataset that cannot be trained on like the pool."""
+        if self.train_dataset is None:
+            return  # a trainer that only evaluates; checked again if it comes to train
         target, name = self.target_dataset, type(self).__name__
         if target is None:
             raise ValueError(
@@ -255,10 +276,8 @@ class BilevelMixin:
             )
         if len(target) == 0:
             raise ValueError("`target_dataset` is empty. Pass at least one sample; a few hundred are usual.")
-        if self.train_dataset is None:
-            return
         first = next(iter(self.train_dataset)) if self._is_stream else self.train_dataset[0]
-        pool_columns, target_columns = self._used_columns(first), self._used_columns(target[0])
+        pool_columns, target_columns = self._model_inputs(first), self._model_inputs(target[0])
         if pool_columns != target_columns:
             raise ValueError(
                 f"`target_dataset` has the model inputs {sorted(target_columns)} and `train_dataset` has "
@@ -270,14 +289,10 @@ class BilevelMixin:
         if not self._is_stream:
             self._check_labels(self.train_dataset, "train_dataset")
 
-    def _used_columns(self, item: Any) -> set[str]:
-        if not isinstance(item, Mapping):
-            return set()
-        columns = set(item) - {self.bilevel_config.domain_column}
-        if not self.args.remove_unused_columns:
-            return columns
-        self._set_signature_columns_if_needed()
-        return columns & set(self._signature_columns)
+    def _model_inputs(self, item: Any) -> set[str]:
+        """Name what the collator makes of an item."""
+        batch = self._get_collator_with_removed_columns(self.data_collator)([item])
+        return set(batch) if isinstance(batch, Mapping) else set()
 
     def _check_labels(self, dataset: Any, name: str) -> None:
         """Look for one label that counts: nearly always in the first rows, else in 1,000 rows spread over all."""
@@ -292,6 +307,11 @@ class BilevelMixin:
             if start == 0 and self._selects_rows():
                 pick_rows(batch, [0], len(chunk))  # raises for padding-free collators
             labels = batch.get("labels") if isinstance(batch, Mapping) else None
+            if labels is None and self.compute_sample_losses is None:
+                raise ValueError(
+                    f"`{name}` gives batches without `labels`; they hold {sorted(batch)}. Add a column `labels`, or for "
+                    "language models the collator `DataCollatorForLanguageModeling(tokenizer, mlm=False)`."
+                )
             if not isinstance(labels, torch.Tensor) or bool((labels != IGNORE_INDEX).any()):
                 return
         raise ValueError(
@@ -306,11 +326,16 @@ class BilevelMixin:
 
     # The training loop's seams --------------------------------------------------------------------------------------
 
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+    def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
         # Entered again by `auto_find_batch_size` and by each trial of a hyperparameter search.
-        self._begin_training()
+        self._candidate_batch_size = self.args.per_device_train_batch_size
+        if self.args.auto_find_batch_size and batch_size is not None:
+            self._candidate_batch_size = batch_size
         try:
-            return super()._inner_training_loop(*args, **kwargs)
+            if self.train_dataset is not self._prepared_pool:
+                self._prepare_pool()
+            self._begin_training()
+            return super()._inner_training_loop(batch_size, *args, **kwargs)
         finally:
             self._end_training()
 
@@ -338,9 +363,9 @@ class BilevelMixin:
         Returns:
             The Trainer's output.
         """
-        if resume_from_checkpoint is True:
+        if resume_from_checkpoint is True and not self._is_off():
             resume_from_checkpoint = self._newest_whole_checkpoint()
-        if resume_from_checkpoint:
+        if resume_from_checkpoint and not self._is_off():
             self._resumed_state = self._read_state(resume_from_checkpoint)
         try:
             return super().train(
@@ -386,7 +411,8 @@ class BilevelMixin:
                 "or start a new run from its weights."
             )
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            # mmap: a reference model's weights stay on the disk until they are copied into place.
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             method, ranks = state["method"], state["ranks"]
         except Exception as error:  # torch.load raises a dozen kinds for a damaged file
             raise ValueError(
@@ -404,6 +430,8 @@ class BilevelMixin:
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        if self._is_off():
+            return
         shared, rank = self._shared_state(), self._rank_state()
         ranks = gather_object([rank]) if self.args.world_size > 1 else [rank]
         if self.args.should_save:
@@ -415,7 +443,7 @@ class BilevelMixin:
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
+        if checkpoint is None or self._is_off():
             return
         state = self._resumed_state if self._resumed_state is not None else self._read_state(checkpoint)
         config = self.bilevel_config.to_dict()

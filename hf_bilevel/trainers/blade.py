@@ -3,11 +3,12 @@
 import math
 import warnings
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -15,7 +16,6 @@ from hf_bilevel.core.selection import (
     SelectionTally,
     excess_loss,
     num_selected,
-    penalised_loss,
     synchronisation_schedule,
     top_units,
 )
@@ -211,7 +211,6 @@ class BladeMixin(ReferenceMixin):
         return not self._is_off() and self.granularity == "sample"
 
     def _check_bilevel_setup(self) -> None:
-        config = self.bilevel_config
         self._head = find_head(self.model)
         if self._is_off():
             return  # the plain Trainer, wherever that runs
@@ -228,19 +227,30 @@ class BladeMixin(ReferenceMixin):
             self._check_token_setup()
         else:
             self._check_sample_setup()
-        if config.score != "excess_loss" and self.reference_model is not None:
-            warnings.warn(
-                f"`reference_model` is ignored with `score={config.score!r}`, which compares with nothing.",
-                stacklevel=4,
-            )
+        self._warn_about_ignored_settings()
         self._check_reference(self._reference_kind)
         if self._reference_kind != "dynamic" and self.train_dataset is not None and not self._is_stream:
             self._check_labels(self.train_dataset, "train_dataset")
         self._check_losses()
 
+    def _warn_about_ignored_settings(self) -> None:
+        config, kind, unused = self.bilevel_config, self._reference_kind, []
+        if kind != "dynamic":
+            unused += ["sync_steps", "reference_steps", "first_reference_steps", "penalty", "reference_learning_rate"]
+            unused += ["target_batch_size"]
+        if kind == "none":
+            unused += ["reference_dtype", "reference_device"]
+        defaults = BladeConfig()
+        ignored = [name for name in unused if getattr(config, name) != getattr(defaults, name)]
+        if self.reference_model is not None and kind == "none":
+            ignored.append("reference_model")
+        if ignored:
+            why = f"`score={config.score!r}`" if kind == "none" else f"`reference={config.reference!r}`"
+            warnings.warn(f"Ignored with {why}: {', '.join(f'`{name}`' for name in ignored)}.", stacklevel=5)
+
     def _check_losses(self) -> None:
         """Warn if samples would be ranked by another loss than the one that the model is trained on."""
-        dataset = self.target_dataset if self.target_dataset is not None else self.train_dataset
+        dataset = self.target_dataset if self._reference_kind == "dynamic" else self.train_dataset
         own_loss = (
             self.label_smoother is None and self.compute_loss_func is None and self.compute_sample_losses is None
         )
@@ -248,7 +258,9 @@ class BladeMixin(ReferenceMixin):
             return
         prepared, collator = self._collator_for(dataset)
         with private_randomness(derive_seed(self._seed), self.args.device), self._scoring(), evaluating(self.model):
-            batch = self._prepare_inputs(collator(fetch(prepared, range(min(4, len(prepared))))))
+            batch = collator(fetch(prepared, range(min(4, len(prepared)))))
+            # Not the arguments' device: with `bf16_full_eval` the model moves there only when training starts.
+            batch = send_to_device(batch, next(self.model.parameters()).device)
             outputs = self.model(**batch)
             own = outputs["loss"] if isinstance(outputs, dict) else outputs[0]
             ranked_by = self._losses(self.model, batch).mean()
@@ -284,7 +296,7 @@ class BladeMixin(ReferenceMixin):
             )
 
     def _check_sample_setup(self) -> None:
-        ratio, candidates = self.bilevel_config.selection_ratio, self.args.per_device_train_batch_size
+        ratio, candidates = self.bilevel_config.selection_ratio, self._candidate_batch_size
         if num_selected(ratio, candidates) == candidates:
             needed = next(n for n in range(1, 1_000_001) if num_selected(ratio, n) < n)
             raise ValueError(
@@ -301,9 +313,12 @@ class BladeMixin(ReferenceMixin):
         device = self.args.device
         self._pending.clear()
         self._synced_at = -1
-        self._begin_reference("none" if self._is_off() else self._reference_kind)
         if self._is_off():
             return
+        if self.granularity == "sample":
+            self._check_sample_setup()  # again: `auto_find_batch_size` may have left too few candidates
+        with private_randomness(derive_seed(self._seed), device):
+            self._begin_reference(self._reference_kind)
         num_pool = 0 if self._is_stream or self.train_dataset is None else len(self.train_dataset)
         self.sample_tally = SelectionTally(num_pool)
         self.domain_tally = SelectionTally(len(self.domain_names or ()))
@@ -351,7 +366,7 @@ class BladeMixin(ReferenceMixin):
 
     def _pick_samples(self, batches: list[Any], prepared: list[Any], origins: list[Origin]) -> list[Any]:
         ratio = self.bilevel_config.selection_ratio
-        keeps = []
+        keeps, excluded_before = [], self._sums[4:].clone()
         for (scores, valid), origin in zip(self._score(prepared, self.bilevel_config.score), origins, strict=True):
             if len(scores) != len(origin):
                 raise ValueError(
@@ -361,24 +376,17 @@ class BladeMixin(ReferenceMixin):
             keep = top_units(scores, valid, num_selected(ratio, len(origin)))
             self._record(origin, valid.long(), keep.long(), scores, scores, valid, keep)
             keeps.append(keep)
-        # The one host sync of sample level: which rows to pick.
-        rows = [keep.nonzero().flatten().tolist() for keep in torch.cat(keeps).cpu().split([len(o) for o in origins])]
-        if any(
-            len(picked) < min(num_selected(ratio, len(o)), len(o)) for picked, o in zip(rows, origins, strict=True)
-        ):
-            self._explain_missing_rows(rows)
-        return [pick_rows(batch, row, len(o)) for batch, row, o in zip(batches, rows, origins, strict=True)]
-
-    def _explain_missing_rows(self, rows: list[list[int]]) -> None:
-        """Fewer rows than planned were left: some are empty, or their loss is not finite."""
-        excluded = int(self._sums[4])
-        if excluded and self.bilevel_config.on_non_finite == "error":
+        # The one host sync of sample level: which rows to pick, and whether a loss was not finite.
+        *kept, excluded = torch.cat([*keeps, self._sums[4:] > excluded_before]).cpu().split([*map(len, origins), 1])
+        if bool(excluded) and self.bilevel_config.on_non_finite == "error":
             raise FloatingPointError(self._non_finite_message())
+        rows = [keep.nonzero().flatten().tolist() for keep in kept]
         if not all(rows):
             raise FloatingPointError(
                 f"No candidate of a batch has a finite loss and a label at step {self.state.global_step}, so there is "
                 "nothing to train on. Check the data and lower the learning rate."
             )
+        return [pick_rows(batch, row, len(o)) for batch, row, o in zip(batches, rows, origins, strict=True)]
 
     def _non_finite_message(self) -> str:
         return (
@@ -510,16 +518,13 @@ class BladeMixin(ReferenceMixin):
                 selections = self._lower_selections(step, num_steps)
             self.reference.synchronise()
 
-            def loss(reference: nn.Module, k: int) -> Tensor:
-                upper_loss = self._losses(reference, self._draw_target_batch()).mean()
-                if self.penalty == 0:
-                    return upper_loss
-                selection = None if selections is None else selections[k]
-                return penalised_loss(
-                    upper_loss, self._lower_loss(reference, self._pool_batch(step, k), selection), self.penalty
-                )
+            def penalised_loss(reference: nn.Module, k: int) -> Iterator[Tensor]:
+                yield self._losses(reference, self._draw_target_batch()).mean()
+                if self.penalty > 0:
+                    selection = None if selections is None else selections[k]
+                    yield self.penalty * self._lower_loss(reference, self._pool_batch(step, k), selection)
 
-            self._reference_losses.append(self._train_reference(num_steps, loss))
+            self._reference_losses.append(self._train_reference(num_steps, penalised_loss))
         last = float(self._reference_losses[-1][-1])  # one host sync for each synchronisation
         if not math.isfinite(last):
             raise FloatingPointError(
@@ -558,21 +563,25 @@ class BladeMixin(ReferenceMixin):
             tally.merge(lambda table: self.accelerator.reduce(table.to(self.args.device)).cpu())
 
     def _shared_state(self) -> dict[str, Any]:
-        if self._is_off():
-            return {}
         self._merge(self.sample_tally)
         self._merge(self.domain_tally)
         state = {"samples": self.sample_tally.state_dict(), "domains": self.domain_tally.state_dict()}
         state["reference"] = self._reference_state()
         state["synced_at"] = self._synced_at
+        # What the next log entry will be made of.
+        state["sums"] = self.accelerator.reduce(self._sums.clone()).cpu()
+        state["reference_losses"] = [losses.cpu() for losses in self._reference_losses]
+        state["logged_domains"] = dict(self._logged_domains)
         return state
 
     def _load_state(self, shared: dict[str, Any], rank: dict[str, Any]) -> None:
-        if self._is_off() or not shared:
-            return
         self.sample_tally.load_state_dict(shared["samples"])
         self.domain_tally.load_state_dict(shared["domains"])
         self._synced_at = shared["synced_at"]
+        if self.is_world_process_zero():  # they are added up over all processes again
+            self._sums.copy_(shared["sums"])
+        self._reference_losses = [losses.to(self.args.device) for losses in shared["reference_losses"]]
+        self._logged_domains = dict(shared["logged_domains"])
         self._load_reference_state(shared["reference"], rank)
 
     def _bilevel_metrics(self) -> dict[str, float]:
@@ -654,7 +663,9 @@ class BladeTrainer(BladeMixin, Trainer):
     sample level, 2 on all candidates and 3 on the selected rows. Every T steps the reference takes K steps on a target
     batch and, with ``penalty > 0``, on the selected part of a training batch (and scores it, 2 more forwards). Memory:
     one more copy of the weights for full fine-tuning, with one set of optimizer states during the reference phase; one
-    more adapter for PEFT models.
+    more adapter for PEFT models. The reference trains on ``target_batch_size`` rows and, apart from the first
+    synchronisation, on the selected part of a candidate batch, one after the other: where the candidate batch is much
+    larger than what is trained on, set ``target_batch_size``; ``penalty=0`` leaves the candidate batch out altogether.
 
     Logged: ``blade/excess_loss_mean`` over the candidates and ``blade/excess_loss_selected_mean``, in nats;
     ``blade/selected_fraction`` and ``blade/selected_fraction/<domain>``; ``blade/num_excluded`` since the last log;

@@ -4,6 +4,8 @@ A copy of the model for full fine-tuning, a second adapter for PEFT models.
 """
 
 import copy
+import math
+import types
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -11,11 +13,10 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_bilevel.data import EndlessLoader, derive_seed
+from hf_bilevel.data import EndlessLoader, derive_seed, plain_copy
 from hf_bilevel.trainers.base import BilevelMixin
 
 ADAPTER_NAME = "bilevel_reference"
@@ -71,18 +72,24 @@ class ReferenceCopy:
     @classmethod
     def of(cls, model: nn.Module, dtype: torch.dtype | None, device: torch.device, parked: bool) -> "ReferenceCopy":
         """Copy a model. What accelerate patched onto it (autocast) stays with the original."""
-        patches = {name: vars(model).pop(name) for name in ("forward", "_original_forward") if name in vars(model)}
+        patched = "_original_forward" in vars(model)
+        patches = {name: vars(model).pop(name) for name in ("forward", "_original_forward")} if patched else {}
         try:
             weights = copy.deepcopy(model)
         finally:
             vars(model).update(patches)
+        if patched and patches["_original_forward"].__func__ is not type(model).forward:  # somebody else's patch
+            weights.forward = types.MethodType(patches["_original_forward"].__func__, weights)
         return cls(model, weights, dtype, device, parked)
 
     def _settle(self) -> None:
         """Bring the weights to their place and dtype between uses."""
         self.module.to("cpu" if self.parked else self.device)
         if self.dtype is not None:
-            self.module.to(self.dtype)
+            for (
+                parameter
+            ) in self.module.parameters():  # buffers, such as rotary frequencies, lose too much in bfloat16
+                parameter.data = parameter.data.to(self.dtype)
 
     def synchronise(self) -> None:  # noqa: D102
         self.module.to(self.device)
@@ -137,7 +144,9 @@ class ReferenceAdapter:
         check_adapter(model)
         self.proxy_name = model.active_adapter
         flags = self._flags()
-        model.add_adapter(ADAPTER_NAME, copy.deepcopy(model.peft_config[self.proxy_name]))
+        config = copy.deepcopy(model.peft_config[self.proxy_name])
+        config.init_lora_weights = True  # PiSSA and its kin would subtract from the shared base a second time
+        model.add_adapter(ADAPTER_NAME, config)
         self._restore(flags)
 
     def _flags(self) -> dict[str, bool]:
@@ -163,6 +172,9 @@ class ReferenceAdapter:
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.set_adapter(ADAPTER_NAME)
         self.model.train(training)
+        for module in self.model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()  # its running statistics belong to the model being trained
         try:
             yield self.model
         finally:
@@ -290,12 +302,12 @@ class ReferenceMixin(BilevelMixin):
             self.reference = ReferenceAdapter(self.model)
         else:
             self.reference = ReferenceCopy.of(self.model, dtype, device, parked)
-        batch_size = self.args.per_device_train_batch_size
-        self._target_loader = self._endless_loader(
-            self.target_dataset, config.target_batch_size or batch_size, _TARGET_STREAM
-        )
+        target_batch_size = config.target_batch_size or self._candidate_batch_size
+        if self.args.auto_find_batch_size:
+            target_batch_size = min(target_batch_size, self._candidate_batch_size)
+        self._target_loader = self._endless_loader(self.target_dataset, target_batch_size, _TARGET_STREAM)
         if not self._is_stream:
-            self._pool_loader = self._endless_loader(self.train_dataset, batch_size, _POOL_STREAM)
+            self._pool_loader = self._endless_loader(self.train_dataset, self._candidate_batch_size, _POOL_STREAM)
 
     def _end_training(self) -> None:
         if self.reference is not None:
@@ -307,7 +319,7 @@ class ReferenceMixin(BilevelMixin):
     def _remember(self, batches: list[Any]) -> None:
         """Keep candidate batches of a stream, from which a dynamic reference is trained."""
         if self._is_stream and self._target_loader is not None:
-            self._recent.extend(send_to_device(batch, "cpu") for batch in batches)
+            self._recent.extend(plain_copy(batch) for batch in batches)
 
     def _draw_target_batch(self) -> Any:
         return self._prepare_inputs(self._target_loader.draw())
@@ -326,17 +338,18 @@ class ReferenceMixin(BilevelMixin):
         given = self.bilevel_config.reference_learning_rate
         return self.args.learning_rate if given is None else given
 
-    def _train_reference(self, num_steps: int, loss: Callable[[nn.Module, int], Tensor]) -> Tensor:
+    def _train_reference(self, num_steps: int, losses: Callable[[nn.Module, int], Iterator[Tensor]]) -> Tensor:
         """Take optimizer steps on the reference with a fresh optimizer.
 
         Args:
             num_steps: Number of steps.
-            loss: From the reference's module and the index of the step to the loss to minimise.
+            losses: From the reference's module and the index of the step to the terms of the loss to minimise. The
+                gradient of each is computed before the next is asked for, so their activations never live together.
 
         Returns:
             The loss of every step, ``(num_steps,)``, on the device: no host sync.
         """
-        losses = []
+        totals = []
         with self.reference.active(training=True) as reference:
             optimizer = self._reference_optimizer(reference)
             steps = tqdm(
@@ -346,14 +359,20 @@ class ReferenceMixin(BilevelMixin):
                 disable=self.args.disable_tqdm or not self.is_local_process_zero(),
             )
             for k in steps:
-                with self.accelerator.autocast():
-                    step_loss = loss(reference, k)
-                step_loss.backward()
+                total = torch.zeros((), device=self.args.device)
+                terms = losses(reference, k)
+                while True:
+                    with self.accelerator.autocast():
+                        term = next(terms, None)
+                    if term is None:
+                        break
+                    term.backward()
+                    total = total + term.detach()
                 self._step_reference(reference, optimizer)
-                losses.append(step_loss.detach())
+                totals.append(total)
         if self._pool_loader is not None:
             self._pool_loader.position += num_steps
-        return torch.stack(losses)
+        return torch.stack(totals)
 
     def _reference_optimizer(self, reference: nn.Module) -> torch.optim.Optimizer:
         """Build a fresh optimizer as the Trainer (or a subclass of it) builds its own."""
@@ -362,8 +381,10 @@ class ReferenceMixin(BilevelMixin):
             optimizer = self.create_optimizer(reference)
         finally:
             self.optimizer = own
-        for group in optimizer.param_groups:
-            group["lr"] = self._reference_learning_rate
+        for group in optimizer.param_groups:  # groups with rates of their own keep their proportions
+            group["lr"] *= self._reference_learning_rate / self.args.learning_rate
+        if callable(getattr(optimizer, "train", None)):  # schedule-free optimizers
+            optimizer.train()
         return optimizer
 
     def _step_reference(self, reference: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -394,7 +415,8 @@ class ReferenceMixin(BilevelMixin):
     def _load_reference_state(self, state: dict[str, Any], rank: dict[str, Any]) -> None:
         """Restore both."""
         if "fingerprint" in state and self.reference is not None and self._target_loader is None:
-            if state["fingerprint"] != self._reference_fingerprint():
+            # Not equal to the bit: the order of a sum depends on device and threads.
+            if not math.isclose(state["fingerprint"], self._reference_fingerprint(), rel_tol=1e-9):
                 raise ValueError(
                     "`reference_model` has other weights than the one of the checkpoint, so the run would select other "
                     "data. Pass the same model, or start a new run."

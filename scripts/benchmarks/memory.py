@@ -7,8 +7,9 @@ The model has the shape of SmolLM2-135M (vocabulary 49,152) and random weights; 
 off. Arms: ``scoring``, the token losses by ``hf_bilevel.losses.unit_losses``; ``naive``, the cross-entropy of the float
 logits of the whole batch, as transformers computes it; ``backbone``, the hidden states alone, which no way of scoring can
 do without. Each arm runs in a process of its own. Its peak is counted from the idle process with the model loaded: resident
-memory on a CPU (the high-water mark that Linux keeps), allocated memory on a GPU. The seconds are with an allocator that
-returns everything to the system at once, and are for comparing the arms only.
+memory on a CPU (the high-water mark that Linux keeps), allocated memory on a GPU. The allocator is told to
+return everything to the system at once, so every buffer is paged in anew and the seconds, scoring's most of all, are longer
+than usual.
 """
 
 import argparse

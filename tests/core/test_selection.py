@@ -17,7 +17,6 @@ from hf_bilevel.core.selection import (
     SelectionTally,
     excess_loss,
     num_selected,
-    penalised_loss,
     synchronisation_schedule,
     top_units,
 )
@@ -69,7 +68,7 @@ def test_num_selected_rejects(ratio: float) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# excess_loss and penalised_loss
+# excess_loss
 
 
 def test_excess_loss_by_hand() -> None:
@@ -102,15 +101,6 @@ def test_excess_loss_is_computed_wide(
 def test_excess_loss_rejects_different_shapes() -> None:
     with pytest.raises(ValueError, match=r"must have one shape, got \(2, 1\) and \(2,\)"):
         excess_loss(torch.zeros(2, 1), torch.zeros(2))
-
-
-def test_penalised_loss_weighs_the_lower_gradient() -> None:
-    w = torch.tensor([1.0, -2.0], dtype=torch.float64, requires_grad=True)
-    upper, lower = w.square().sum(), (3 * w).sum()
-    loss = penalised_loss(upper, lower, penalty=0.5)
-    assert loss.shape == () and loss.item() == 5 + 0.5 * -3
-    assert_exact(torch.autograd.grad(loss, w)[0], torch.tensor([2 + 1.5, -4 + 1.5], dtype=torch.float64))
-    assert penalised_loss(upper, lower, penalty=0.0).item() == upper.item()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,7 +193,7 @@ def test_ridge_solutions_are_stationary(ridge: RidgeBilevel) -> None:
     w = ridge.reference_solution(alpha, penalty=3.0).requires_grad_()
     zero = torch.zeros_like(u)
     torch.testing.assert_close(torch.autograd.grad(ridge.lower_loss(alpha, u), u)[0], zero, rtol=0, atol=1e-12)
-    objective = penalised_loss(ridge.upper_loss(w), ridge.lower_loss(alpha, w), penalty=3.0)
+    objective = ridge.upper_loss(w) + 3.0 * ridge.lower_loss(alpha, w)
     torch.testing.assert_close(torch.autograd.grad(objective, w)[0], zero, rtol=0, atol=1e-12)
     assert (u - w).norm() > 1e-2  # the two models differ, or nothing below means anything
 
