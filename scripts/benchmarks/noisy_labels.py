@@ -52,14 +52,9 @@ SWEEP = (
     "penalty=0.1",
     "penalty=1",
     "reference_steps=15",
-    "reference_steps=50",
     "sync_steps=25 reference_steps=15",
     "first_reference_steps=30",
-    "selection_ratio=0.15",
     "selection_ratio=0.4",
-    "reference_learning_rate=0.0003",
-    "target_batch_size=200",
-    "warmup_steps=50",
 )
 
 

@@ -1,4 +1,4 @@
-"""Write the README's tables from the committed results, so that no number in it is typed by hand.
+"""Write the tables of the READMEs from the committed results, so that no number in it is typed by hand.
 
 python scripts/benchmarks/readme.py [--check]
 """
@@ -78,25 +78,50 @@ def overhead() -> str:
     return "\n".join(lines)
 
 
-def render(text: str) -> str:
-    for name, table in (("noisy_labels", noisy_labels), ("overhead", overhead)):
+def sweep() -> str:
+    report = load("noisy_labels_sweep")
+    summary = report["summary"]
+    lines = [
+        f"| BLADE with | last weights | averaged weights | wrong labels selected ({report['config']['seeds']} seeds) |",
+        "|---|---|---|---|",
+    ]
+    for arm in dict.fromkeys(row["arm"] for row in report["rows"]):
+        cells = [plus_minus(summary, f"{kind}/{arm}", 100) for kind in ("accuracy", "accuracy_averaged")]
+        title = arm.removeprefix("blade").strip()
+        wrong = f"{100 * summary[f'wrong_share/{arm}']:.0f} %"
+        lines.append(
+            f"| {f'`{title}`' if title else 'the settings of the main table'} | {' | '.join(cells)} | {wrong} |"
+        )
+    return "\n".join(lines)
+
+
+PAGES = {
+    ROOT / "README.md": {"noisy_labels": noisy_labels, "overhead": overhead},
+    Path(__file__).parent / "README.md": {"sweep": sweep},
+}
+
+
+def render(path: Path) -> str:
+    text = path.read_text(encoding="utf-8")
+    for name, table in PAGES[path].items():
         pattern = rf"(<!-- {name}: [^\n]*-->\n).*?(<!-- /{name} -->)"
         text, count = re.subn(pattern, lambda m, table=table: m[1] + table() + "\n" + m[2], text, flags=re.DOTALL)
         if count != 1:
-            raise SystemExit(f"README.md has {count} places for the table {name}, expected one.")
+            raise SystemExit(f"{path} has {count} places for the table {name}, expected one.")
     return text
 
 
 def main(argv: list[str] | None = None) -> bool:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="only say whether README.md is up to date")
+    parser.add_argument("--check", action="store_true", help="only say whether the pages are up to date")
     options = parser.parse_args(argv)
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    rendered = render(text)
-    if not options.check:
-        path.write_text(rendered, encoding="utf-8")
-    return rendered == text
+    up_to_date = True
+    for path in PAGES:
+        rendered = render(path)
+        up_to_date &= rendered == path.read_text(encoding="utf-8")
+        if not options.check:
+            path.write_text(rendered, encoding="utf-8")
+    return up_to_date
 
 
 if __name__ == "__main__":
