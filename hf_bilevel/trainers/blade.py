@@ -71,7 +71,7 @@ class BladeConfig(BilevelConfig):
         sync_steps: T, optimizer steps between synchronisations, or "auto".
         reference_steps: K, steps of the reference after each synchronisation, or "auto".
         first_reference_steps: Steps after the first synchronisation, or "auto" for K. A model trained from scratch knows
-            nothing when it is first copied, so its first reference needs more, for instance 300.
+            nothing when it is first copied, so its first reference may need more.
         penalty: :math:`\lambda`, weight of the selected training data in the reference's objective, or "auto". Small or 0
             when the pool is noisy and the target dataset is clean; 1 when the target dataset is too small to train on.
         reference_learning_rate: Learning rate of the reference, constant; None for ``TrainingArguments.learning_rate``.
