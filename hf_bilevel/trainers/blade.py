@@ -274,6 +274,11 @@ class BladeMixin(ReferenceMixin):
             )
 
     def _check_token_setup(self) -> None:
+        if any(parent.__module__.startswith("trl.") for parent in type(self).__mro__):
+            raise ValueError(
+                "TRL's trainers compute their loss from the labels themselves, which token selection does not support yet. "
+                "Use `granularity='sample'` with a padding collator, or `BladeTrainer` on tokenised data."
+            )
         if self.label_smoother is not None or self.compute_loss_func is not None:
             given = "label_smoothing_factor" if self.label_smoother is not None else "compute_loss_func"
             raise ValueError(

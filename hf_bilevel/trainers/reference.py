@@ -383,8 +383,9 @@ class ReferenceMixin(BilevelMixin):
             optimizer = self.create_optimizer(reference)
         finally:
             self.optimizer = own
-        for group in optimizer.param_groups:  # groups with rates of their own keep their proportions
-            group["lr"] *= self._reference_learning_rate / self.args.learning_rate
+        if self.bilevel_config.reference_learning_rate is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = self.bilevel_config.reference_learning_rate
         if callable(getattr(optimizer, "train", None)):  # schedule-free optimizers
             optimizer.train()
         return optimizer
