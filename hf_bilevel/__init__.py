@@ -3,5 +3,17 @@
 from hf_bilevel.data import DataCollatorWithOrigin
 from hf_bilevel.losses import UnitLosses, unit_losses
 from hf_bilevel.trainers.blade import BladeConfig, BladeMixin, BladeTrainer
+from hf_bilevel.trainers.bros import BrosConfig, BrosMixin, BrosTrainer, SampleWeights
 
-__all__ = ["BladeConfig", "BladeMixin", "BladeTrainer", "DataCollatorWithOrigin", "UnitLosses", "unit_losses"]
+__all__ = [
+    "BladeConfig",
+    "BladeMixin",
+    "BladeTrainer",
+    "BrosConfig",
+    "BrosMixin",
+    "BrosTrainer",
+    "DataCollatorWithOrigin",
+    "SampleWeights",
+    "UnitLosses",
+    "unit_losses",
+]

@@ -1,5 +1,8 @@
 """Bilevel problems with closed forms: what the methods approximate, computed exactly."""
 
+import itertools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -66,3 +69,90 @@ class RidgeBilevel:
         upper_gradient = self.a.T @ (self.a @ u - self.b) / len(self.a)
         auxiliary = torch.linalg.solve(self.lower_hessian(alpha), upper_gradient)
         return -(self.x @ auxiliary) * (self.x @ u - self.y) / len(self.x)
+
+
+@dataclass(frozen=True)
+class CoupledHessian:
+    """A symmetric positive definite operator on several blocks of one variable, with cross-Hessians between them.
+
+    Attributes:
+        shapes: Of the blocks.
+        matrix: The operator on all blocks, flattened and joined, (d, d).
+    """
+
+    shapes: list[tuple[int, ...]]
+    matrix: Tensor
+
+    @classmethod
+    def random(cls, shapes: list[tuple[int, ...]], spectrum: Tensor | None = None, seed: int = 0) -> "CoupledHessian":
+        """Draw the eigenvectors in float64; the eigenvalues are from 1 to 5 unless they are given."""
+        size = sum(math.prod(shape) for shape in shapes)
+        generator = torch.Generator().manual_seed(seed)
+        vectors = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q
+        values = torch.linspace(1, 5, size, dtype=torch.float64) if spectrum is None else spectrum
+        matrix = (vectors * values) @ vectors.T
+        return cls(shapes, (matrix + matrix.T) / 2)
+
+    def join(self, blocks: list[Tensor]) -> Tensor:
+        return torch.cat([block.flatten() for block in blocks])
+
+    def split(self, vector: Tensor) -> list[Tensor]:
+        parts = vector.split([math.prod(shape) for shape in self.shapes])
+        return [part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def __call__(self, blocks: list[Tensor]) -> list[Tensor]:
+        return self.split(self.matrix @ self.join(blocks))
+
+    def solve(self, blocks: list[Tensor], damping: float = 0.0) -> list[Tensor]:
+        damped = self.matrix + damping * torch.eye(len(self.matrix)).to(self.matrix)
+        return self.split(torch.linalg.solve(damped, self.join(blocks)))
+
+    def random_blocks(self, seed: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in self.shapes]
+
+    def restricted(self, bases: list[Tensor | None]) -> Callable[[list[Tensor]], list[Tensor]]:
+        """Return the restricted Hessian action."""
+
+        def action(directions: list[Tensor]) -> list[Tensor]:
+            pairs = zip(self(directions), bases, strict=True)
+            return [block if basis is None else block @ basis for block, basis in pairs]
+
+        return action
+
+
+def exact_bases(dim: int, rank: int) -> list[Tensor]:
+    """Scaled bases of a few subspaces over which everything quadratic in Q = P P' has its mean over all subspaces.
+
+    They come from the lines through the corners of a triangle, an icosahedron and a 24-cell: the lines, their complements
+    and, in four dimensions, the planes through two lines at a right angle.
+    """
+    half, golden = 3**0.5 / 2, (1 + 5**0.5) / 2
+    lines = {
+        2: [(1, 0), (0.5, half), (0.5, -half)],
+        3: [corner for s in (1, -1) for corner in [(0, s, golden), (s, golden, 0), (golden, 0, s)]],
+        4: [*torch.eye(4).tolist(), *itertools.product((1,), (1, -1), (1, -1), (1, -1))],
+    }[dim]
+    units = torch.nn.functional.normalize(torch.tensor(lines, dtype=torch.float64))
+    if rank == 1:
+        frames = [unit[:, None] for unit in units]
+    elif rank == dim - 1:
+        frames = [torch.linalg.qr(unit[:, None], mode="complete").Q[:, 1:] for unit in units]
+    else:
+        frames = [torch.stack([a, b], dim=1) for a, b in itertools.combinations(units, 2) if a @ b == 0]
+    return [frame * math.sqrt(dim / rank) for frame in frames]
+
+
+def mean_projected_twice(matrix: Tensor, rank: int) -> Tensor:
+    """Return E[Q A Q] for the scaled projection Q onto a random subspace, from the second moments of a projection."""
+    dim = len(matrix)
+    delta = dim * (dim - rank) / (rank * (dim - 1) * (dim + 2))
+    return matrix + delta * (matrix.T + matrix.trace() * torch.eye(dim).to(matrix) - 2 / dim * matrix)
+
+
+def restricted_on_both_sides(
+    action: Callable[[list[Tensor]], list[Tensor]], auxiliary: list[Tensor], bases: list[Tensor | None]
+) -> list[Tensor]:
+    """Estimate a Hessian action naively, with a bias: the control for the estimators of the package."""
+    pairs = zip(auxiliary, bases, strict=True)
+    return action([block if basis is None else block @ basis @ basis.T for block, basis in pairs])

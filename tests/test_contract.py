@@ -7,27 +7,40 @@ A new trainer joins ``METHODS`` and inherits every test.
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from tiny import MODELS, make_dataset, make_model, make_trainer, parameters_of
 from transformers import Trainer, TrainerCallback, set_seed
 
-from hf_bilevel import BladeTrainer
+from hf_bilevel import BladeTrainer, BrosTrainer
 
-# name -> (class, settings that turn it off, settings that turn it on)
+
+class Method(NamedTuple):
+    trainer_class: type[Trainer]
+    off: dict[str, Any]  # settings that make it the plain Trainer
+    on: dict[str, Any]
+    stream: dict[str, Any] = {}  # more settings for streams
+
+
 METHODS = {
-    "blade": (
+    "blade": Method(
         BladeTrainer,
-        {"selection_ratio": 1.0},
-        {"selection_ratio": 0.5, "sync_steps": 3, "reference_steps": 2, "penalty": 0.5},
-    )
+        off={"selection_ratio": 1.0},
+        on={"selection_ratio": 0.5, "sync_steps": 3, "reference_steps": 2, "penalty": 0.5},
+    ),
+    "bros": Method(
+        BrosTrainer,
+        off={"upper_variable": "fixed", "rank": "full"},
+        on={"rank": 0.5, "refresh_steps": 2, "estimator": "bi_probe"},
+        stream={"upper_variable": "network"},
+    ),
 }
 
 
 def build(method: str, name: str, folder: Path, *, on: bool = True, settings: dict[str, Any] | None = None, **kwargs):
-    trainer_class, off_settings, on_settings = METHODS[method]
+    trainer_class, off_settings, on_settings, _ = METHODS[method]
     config = trainer_class.config_class(**{**(on_settings if on else off_settings), **(settings or {})})
     extra = {"target_dataset": make_dataset(name, 10, seed=7), "bilevel_config": config}
     extra.update(kwargs.pop("trainer_kwargs", {}))
@@ -64,7 +77,11 @@ def assert_same(a: Any, b: Any, path: str = "state") -> None:
         assert a == b, path
 
 
-pytestmark = [pytest.mark.parametrize("method", METHODS), pytest.mark.parametrize("name", MODELS)]
+pytestmark = [
+    pytest.mark.parametrize("method", METHODS),
+    pytest.mark.parametrize("name", MODELS),
+    pytest.mark.filterwarnings("ignore:The subspaces of"),  # a few steps cannot cover anything
+]
 
 SITUATIONS = {
     "plain": {},
@@ -120,13 +137,14 @@ def test_resuming_is_not_visible(method: str, name: str, step: int, tmp_path: Pa
 def test_streaming(method: str, name: str, tmp_path: Path) -> None:
     pool = make_dataset(name, 64)
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    stream = {"settings": METHODS[method].stream}
     off = build(method, name, tmp_path, on=False, train_dataset=pool.to_iterable_dataset(), **settings)
     plain = make_trainer(Trainer, name, tmp_path, train_dataset=pool.to_iterable_dataset(), **settings)
     assert torch.equal(run(off), run(plain))
-    whole = build(method, name, tmp_path / "whole", train_dataset=pool.to_iterable_dataset(), **settings)
+    whole = build(method, name, tmp_path / "whole", train_dataset=pool.to_iterable_dataset(), **stream, **settings)
     parameters = run(whole)
     assert not torch.equal(parameters, parameters_of(plain))
-    again = build(method, name, tmp_path / "resumed", train_dataset=pool.to_iterable_dataset(), **settings)
+    again = build(method, name, tmp_path / "resumed", train_dataset=pool.to_iterable_dataset(), **stream, **settings)
     resumed = run(again, resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
     assert torch.equal(resumed, parameters)
     assert_same(*(bilevel_state(tmp_path / run_name / "checkpoint-6") for run_name in ("whole", "resumed")))
@@ -196,14 +214,13 @@ def test_restart_after_out_of_memory(method: str, name: str, tmp_path: Path) -> 
     """``auto_find_batch_size`` enters the loop again with a smaller batch: nothing of the failed try may remain."""
     failed = []
 
-    class FailsOnce(METHODS[method][0]):
+    class FailsOnce(METHODS[method].trainer_class):
         def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
             if self._train_batch_size > 6:
                 failed.append(self._train_batch_size)
                 raise RuntimeError("CUDA out of memory.")
             return super().training_step(*args, **kwargs)
 
-    _, _, settings = METHODS[method]
     trainer = make_trainer(
         FailsOnce,
         name,
@@ -212,7 +229,7 @@ def test_restart_after_out_of_memory(method: str, name: str, tmp_path: Path) -> 
         max_steps=3,
         trainer_kwargs={
             "target_dataset": make_dataset(name, 10, seed=7),
-            "bilevel_config": FailsOnce.config_class(**settings),
+            "bilevel_config": FailsOnce.config_class(**METHODS[method].on),
         },
     )
     trainer.train()

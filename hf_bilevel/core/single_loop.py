@@ -26,9 +26,10 @@ class Auxiliary:
     the estimated Hessian action on z and :math:`b` of the upper gradient. The restricted terms are amplified by up to
     m / r, so a block in a subspace takes :math:`\gamma = (r/m)\,\gamma_0`, which leaves the solution where it is.
 
-    Without a learning rate, :math:`\gamma_0 = 1/(2\hat L)`, where :math:`\hat L` is the largest
+    Without a learning rate, :math:`\gamma_0 = 1/(2(\hat L + \delta))`, where :math:`\hat L` is the largest
     :math:`\lVert\hat h\rVert/\lVert z\rVert` of recent steps: a z that is about to diverge aligns with the largest
-    curvature and so lowers its own step.
+    curvature and so lowers its own step. A network's Hessian has negative curvature, along which z would grow without end;
+    the damping must exceed it.
 
     Args:
         blocks: One tensor for each block of y; copied shapes, zeros to begin with.
@@ -108,7 +109,8 @@ class Auxiliary:
             return self.curvature.new_tensor(self.learning_rate), self.curvature.new_tensor(self.damping)
         # The first step, before any curvature is known, sets a direction; its length does not matter.
         curvature = torch.where(self.curvature > 0, self.curvature, 1.0)
-        return 0.5 / curvature, self.damping * curvature
+        damping = self.damping * curvature
+        return 0.5 / (curvature + damping), damping
 
     def state_dict(self) -> dict[str, Any]:
         """Return z and the curvature, on the CPU."""
@@ -149,6 +151,88 @@ def stochastically_rounded(value: Tensor, dtype: torch.dtype, generator: torch.G
     return torch.where(value.isfinite(), rounded, value).to(dtype)
 
 
+class UpperStep:
+    r"""The step of the upper variable along a moving average of its hypergradient.
+
+    .. math:: x \leftarrow x - \alpha h, \quad h \leftarrow (1 - \theta) h + \theta D.
+
+    Normalised, :math:`\alpha` is the learning rate over the root mean square of the entries of D that are not zero, itself
+    averaged over the last steps: one number for all entries, so that what matters more moves more, and a visit to one
+    sample moves its logit by about the learning rate, whatever the batch size and the scale of the losses.
+
+    Args:
+        variables: x, leaf tensors, changed in place.
+        learning_rate: Positive.
+        moving_average: :math:`\theta`, in (0, 1]; 1 is SOBA, without averaging.
+        normalised: As above; otherwise :math:`\alpha` is the learning rate, as in the paper.
+
+    Attributes:
+        average: h, one tensor for each of x.
+
+    Raises:
+        ValueError: If ``moving_average`` is outside (0, 1].
+
+    Example:
+        >>> x = torch.zeros(3)
+        >>> upper = UpperStep([x], learning_rate=0.1, moving_average=1.0, normalised=True)
+        >>> upper.step([torch.tensor([5e-4, -5e-4, 0.0])]); upper.step([torch.zeros(3)])
+        >>> x
+        tensor([-0.1000,  0.1000,  0.0000])
+    """
+
+    MEMORY = 0.99
+
+    def __init__(
+        self, variables: list[Tensor], *, learning_rate: float, moving_average: float, normalised: bool
+    ) -> None:
+        if not 0 < moving_average <= 1:
+            raise ValueError(f"`moving_average` must be in (0, 1], got {moving_average}.")
+        self.variables = variables
+        self.learning_rate = learning_rate
+        self.moving_average = moving_average
+        self.normalised = normalised
+        self.average = [torch.zeros_like(x, requires_grad=False) for x in variables]
+        self._square = torch.zeros((), dtype=torch.float64, device=variables[0].device)
+        self._mass = torch.zeros_like(self._square)  # of the steps in the mean square, 1 - MEMORY ** steps
+
+    @torch.no_grad()
+    def step(self, hypergradient: list[Tensor], schedule: float = 1.0) -> None:
+        """Take one step; a hypergradient with a NaN or an infinity in it counts as zero.
+
+        Args:
+            hypergradient: D, one tensor for each of x.
+            schedule: Factor on the learning rate.
+
+        Cost: O(size of x); no host sync.
+        """
+        norm = torch.nn.utils.get_total_norm(hypergradient).to(self._square)
+        usable = norm.isfinite()
+        num = torch.stack([d.count_nonzero() for d in hypergradient]).sum()
+        seen = usable & (num > 0)
+        weight = torch.where(seen, 1 - self.MEMORY, 0.0)
+        self._square.lerp_(torch.where(seen, norm.square() / num.clamp(min=1), 0.0), weight)
+        self._mass.lerp_(torch.ones_like(self._mass), weight)
+        rate = self.learning_rate * schedule
+        if self.normalised:
+            scale = (self._square / self._mass.clamp(min=1e-12)).sqrt()
+            rate = torch.where(scale > 0, rate / scale.clamp(min=1e-300), 0.0)
+        for x, h, d in zip(self.variables, self.average, hypergradient, strict=True):
+            x.sub_((rate * h).to(x))
+            h.lerp_(torch.where(usable, d, 0.0), self.moving_average)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the averages, on the CPU."""
+        average = [h.cpu() for h in self.average]
+        return {"average": average, "square": self._square.cpu(), "mass": self._mass.cpu()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore them."""
+        for h, value in zip(self.average, state["average"], strict=True):
+            h.copy_(value)
+        self._square.copy_(state["square"])
+        self._mass.copy_(state["mass"])
+
+
 class SingleLoop:
     r"""MA-SOBA and BROS for any pair of differentiable losses, by double backward.
 
@@ -166,14 +250,17 @@ class SingleLoop:
         upper_learning_rate: :math:`\alpha`, positive.
         lower_learning_rate: :math:`\beta`, positive.
         auxiliary: z; its learning rate is :math:`\gamma`.
-        moving_average: :math:`\theta`, in (0, 1]; 1 is SOBA, without averaging.
+        moving_average: :math:`\theta`, in (0, 1].
         rank: r of a fresh subspace at every step for blocks of y with two dimensions of which the last is larger than r;
             None for full space, which is MA-SOBA.
         estimate: How the Hessian action is estimated, (action, z, bases) -> coordinates; ``one_sided`` by default.
         generator: Source of the bases; needed with a rank.
 
     Attributes:
-        hypergradient: h, one tensor for each tensor of x.
+        upper_step: Holds h.
+
+    Raises:
+        ValueError: If ``moving_average`` is out of range, or a rank has no generator.
 
     References:
         BROS (arXiv 2605.10288); MA-SOBA (Chen, Xiao, Balasubramanian, JMLR 25, 2024).
@@ -203,20 +290,18 @@ class SingleLoop:
         estimate: Callable[..., list[Tensor]] = one_sided,
         generator: torch.Generator | None = None,
     ) -> None:
-        if not 0 < moving_average <= 1:
-            raise ValueError(f"`moving_average` must be in (0, 1], got {moving_average}.")
         if rank is not None and generator is None:
             raise ValueError("A `rank` needs a `generator` to draw subspaces with.")
         self.upper = upper
         self.lower = lower
-        self.upper_learning_rate = upper_learning_rate
+        self.upper_step = UpperStep(
+            upper, learning_rate=upper_learning_rate, moving_average=moving_average, normalised=False
+        )
         self.lower_learning_rate = lower_learning_rate
         self.auxiliary = auxiliary
-        self.moving_average = moving_average
         self.rank = rank
         self.estimate = estimate
         self.generator = generator
-        self.hypergradient = [torch.zeros_like(x) for x in upper]
 
     def draw_bases(self) -> Bases:
         """Draw a basis for every block that has room for one."""
@@ -262,9 +347,7 @@ class SingleLoop:
             self.auxiliary.step(hessian, restrict(upper_gradient, bases), bases, self.generator)
             for y, d in zip(self.lower, descent, strict=True):
                 y.sub_(d, alpha=self.lower_learning_rate)
-            for x, h, d, c in zip(self.upper, self.hypergradient, direct, cross, strict=True):
-                x.sub_(h, alpha=self.upper_learning_rate)
-                h.lerp_(d - c, self.moving_average)
+            self.upper_step.step([d - c for d, c in zip(direct, cross, strict=True)])
         return g.detach(), f.detach()
 
 

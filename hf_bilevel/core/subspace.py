@@ -218,3 +218,22 @@ def refresh_schedule(num_steps: int, dim: int, rank: int, longest: int = 200) ->
         (10, 1)
     """
     return max(1, min(longest, int(num_steps * rank / dim / 10)))
+
+
+@torch.no_grad()
+def carry_over(state: dict[str, Tensor] | None) -> None:
+    """Carry an optimizer's state on coordinates over to a fresh subspace.
+
+    A direction of the old subspace means nothing in the new one, so averages of gradients are forgotten. Second moments are
+    kept, averaged over each row: in a uniformly random subspace all coordinates of a row have the same distribution.
+
+    Args:
+        state: The optimizer's state of one leaf, changed in place; None or empty before the first step. Tensors of the
+            leaf's shape other than second moments are zeroed, steps are kept.
+    """
+    for name, value in (state or {}).items():
+        if isinstance(value, Tensor) and value.ndim == 2:
+            if "sq" in name:
+                value.copy_(value.mean(1, keepdim=True).expand_as(value))
+            else:
+                value.zero_()

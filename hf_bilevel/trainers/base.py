@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import platform
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -12,7 +13,7 @@ from typing import Any, ClassVar
 
 import datasets
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import TrainingArguments
@@ -33,7 +34,7 @@ from hf_bilevel.data import (
     private_randomness,
     read_domains,
 )
-from hf_bilevel.losses import IGNORE_INDEX, SampleLossFunction, UnitLosses, unit_losses
+from hf_bilevel.losses import IGNORE_INDEX, SampleLossFunction, UnitLosses, evaluating, unit_losses
 from hf_bilevel.trainers.config import BilevelConfig
 
 STATE_NAME = "bilevel_state.pt"
@@ -63,6 +64,7 @@ class BilevelMixin:
 
     method: ClassVar[str]
     config_class: ClassVar[type[BilevelConfig]]
+    _losses_are_for: ClassVar[str] = "ranked by"
 
     def __init__(
         self,
@@ -319,6 +321,30 @@ class BilevelMixin:
             "there is nothing to learn from. Check the preparation of the labels, a completion-only mask or a truncation "
             "that cuts off the answers for instance."
         )
+
+    def _check_losses(self, dataset: Any) -> None:
+        """Warn if the losses that samples are judged by are not the loss that the model reports for them."""
+        own_loss = (
+            self.label_smoother is None and self.compute_loss_func is None and self.compute_sample_losses is None
+        )
+        if dataset is None or dataset is self.train_dataset and self._is_stream or not own_loss:
+            return
+        prepared, collator = self._collator_for(dataset)
+        with private_randomness(derive_seed(self._seed), self.args.device), self._scoring(), evaluating(self.model):
+            batch = collator(fetch(prepared, range(min(4, len(prepared)))))
+            # Not the arguments' device: with `bf16_full_eval` the model moves there only when training starts.
+            batch = send_to_device(batch, next(self.model.parameters()).device)
+            outputs = self.model(**batch)
+            own = outputs["loss"] if isinstance(outputs, dict) else outputs[0]
+            judged_by = self._losses(self.model, batch).mean()
+        agree = torch.isclose(own.float(), judged_by.float(), rtol=0.02, atol=1e-3)
+        if bool(own.isfinite()) and not agree:  # rows without labels have no loss of their own
+            warnings.warn(
+                f"`{type(self.model).__name__}` reports a loss of {float(own):.4g} on its first samples and they would be "
+                f"{self._losses_are_for} a loss of {float(judged_by):.4g}: it weights or adds something of its own. Pass "
+                "`compute_sample_losses=`, (model, batch) -> losses of shape (n,), to say what counts.",
+                stacklevel=5,
+            )
 
     def _selects_rows(self) -> bool:
         """Say whether rows of collated batches will be picked."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -19,7 +18,7 @@ from hf_bilevel.core.selection import (
     synchronisation_schedule,
     top_units,
 )
-from hf_bilevel.data import Origin, derive_seed, fetch, pick_rows, private_randomness
+from hf_bilevel.data import Origin, derive_seed, pick_rows, private_randomness
 from hf_bilevel.losses import (
     IGNORE_INDEX,
     LM_HEADS,
@@ -132,11 +131,11 @@ class BladeConfig(BilevelConfig):
         default="exclude", metadata={"help": "Candidates with a NaN or infinite loss: exclude or error."}
     )
 
-    _numbers_or_auto: ClassVar[dict[str, type]] = {
-        "sync_steps": int,
-        "reference_steps": int,
-        "first_reference_steps": int,
-        "penalty": float,
+    _numbers_or_words: ClassVar[dict[str, tuple[type, str]]] = {
+        "sync_steps": (int, "auto"),
+        "reference_steps": (int, "auto"),
+        "first_reference_steps": (int, "auto"),
+        "penalty": (float, "auto"),
     }
     _choices: ClassVar[dict[str, tuple[str, ...]]] = {
         "granularity": ("auto", "sample", "token"),
@@ -149,9 +148,6 @@ class BladeConfig(BilevelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, allowed in self._choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
         if not 0 < self.selection_ratio <= 1:
             raise ValueError(f"`selection_ratio` must be in (0, 1], got {self.selection_ratio}.")
         for name in ("sync_steps", "reference_steps", "first_reference_steps"):
@@ -231,7 +227,7 @@ class BladeMixin(ReferenceMixin):
         self._check_reference(self._reference_kind)
         if self._reference_kind != "dynamic" and self.train_dataset is not None and not self._is_stream:
             self._check_labels(self.train_dataset, "train_dataset")
-        self._check_losses()
+        self._check_losses(self.target_dataset if self._reference_kind == "dynamic" else self.train_dataset)
 
     def _warn_about_ignored_settings(self) -> None:
         config, kind, unused = self.bilevel_config, self._reference_kind, []
@@ -247,31 +243,6 @@ class BladeMixin(ReferenceMixin):
         if ignored:
             why = f"`score={config.score!r}`" if kind == "none" else f"`reference={config.reference!r}`"
             warnings.warn(f"Ignored with {why}: {', '.join(f'`{name}`' for name in ignored)}.", stacklevel=5)
-
-    def _check_losses(self) -> None:
-        """Warn if samples would be ranked by another loss than the one that the model is trained on."""
-        dataset = self.target_dataset if self._reference_kind == "dynamic" else self.train_dataset
-        own_loss = (
-            self.label_smoother is None and self.compute_loss_func is None and self.compute_sample_losses is None
-        )
-        if dataset is None or dataset is self.train_dataset and self._is_stream or not own_loss:
-            return
-        prepared, collator = self._collator_for(dataset)
-        with private_randomness(derive_seed(self._seed), self.args.device), self._scoring(), evaluating(self.model):
-            batch = collator(fetch(prepared, range(min(4, len(prepared)))))
-            # Not the arguments' device: with `bf16_full_eval` the model moves there only when training starts.
-            batch = send_to_device(batch, next(self.model.parameters()).device)
-            outputs = self.model(**batch)
-            own = outputs["loss"] if isinstance(outputs, dict) else outputs[0]
-            ranked_by = self._losses(self.model, batch).mean()
-        agree = torch.isclose(own.float(), ranked_by.float(), rtol=0.02, atol=1e-3)
-        if bool(own.isfinite()) and not agree:  # rows without labels have no loss of their own
-            warnings.warn(
-                f"`{type(self.model).__name__}` reports a loss of {float(own):.4g} on its first samples and would be ranked "
-                f"by a loss of {float(ranked_by):.4g}: it weights or adds something of its own. Pass "
-                "`compute_sample_losses=`, (model, batch) -> losses of shape (n,), to rank by the loss that is trained.",
-                stacklevel=4,
-            )
 
     def _check_token_setup(self) -> None:
         if any(parent.__module__.startswith("trl.") for parent in type(self).__mro__):

@@ -37,18 +37,25 @@ class BilevelConfig:
         default=None, metadata={"help": "Names of the domains, in the order of their ids; for streaming datasets."}
     )
 
-    # Fields that are a number of this type or "auto". They are declared strings, since HfArgumentParser reads `int | str`
+    # Fields that are a number of a type or a word. They are declared strings, since HfArgumentParser reads `int | str`
     # from the command line as a string, and converted on construction; Python callers pass numbers.
-    _numbers_or_auto: ClassVar[dict[str, type]] = {}
+    _numbers_or_words: ClassVar[dict[str, tuple[type, str]]] = {}
+    # Fields that are one of a few words.
+    _choices: ClassVar[dict[str, tuple[str, ...]]] = {}
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for entry in fields(self):
             value = getattr(self, entry.name)
-            if entry.name in self._numbers_or_auto:
-                setattr(self, entry.name, _parse_number_or_auto(entry.name, value, self._numbers_or_auto[entry.name]))
+            if entry.name in self._numbers_or_words:
+                setattr(
+                    self, entry.name, _parse_number_or_word(entry.name, value, *self._numbers_or_words[entry.name])
+                )
             elif not _has_type(value, hints[entry.name]):
                 raise TypeError(_wrong_type(entry.name, value, _type_name(hints[entry.name])))
+        for name, allowed in self._choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
         if self.target_batch_size is not None and self.target_batch_size < 1:
             raise ValueError(f"`target_batch_size` must be at least 1, got {self.target_batch_size}.")
 
@@ -86,10 +93,10 @@ def _wrong_type(name: str, value: Any, expected: str) -> str:
     return message
 
 
-def _parse_number_or_auto(name: str, value: Any, kind: type) -> Any:
-    if value == "auto":
+def _parse_number_or_word(name: str, value: Any, kind: type, word: str) -> Any:
+    if value == word:
         return value
-    expected = f"{kind.__name__} or 'auto'"
+    expected = f"{kind.__name__} or {word!r}"
     if isinstance(value, str):
         try:
             return kind(value)
