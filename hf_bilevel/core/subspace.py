@@ -58,14 +58,14 @@ def restrict(matrices: list[Tensor], bases: Bases) -> list[Tensor]:
     r"""Take every block into its subspace: :math:`M\tilde P`, or the block itself where there is no basis.
 
     Args:
-        matrices: Blocks of shape ``(n, m)``, or of any shape without a basis.
+        matrices: Blocks of shape ``(n, m)``, or of any shape without a basis; brought to a basis's dtype and device.
         bases: A basis of shape ``(m, r)`` or None for each.
 
     Returns:
         Coordinates, ``(n, r)`` each.
     """
     pairs = zip(matrices, bases, strict=True)
-    return [matrix if basis is None else matrix @ basis for matrix, basis in pairs]
+    return [matrix if basis is None else matrix.to(basis) @ basis for matrix, basis in pairs]
 
 
 def lift(coordinates: list[Tensor], bases: Bases) -> list[Tensor]:
@@ -228,12 +228,15 @@ def carry_over(state: dict[str, Tensor] | None) -> None:
     kept, averaged over each row: in a uniformly random subspace all coordinates of a row have the same distribution.
 
     Args:
-        state: The optimizer's state of one leaf, changed in place; None or empty before the first step. Tensors of the
-            leaf's shape other than second moments are zeroed, steps are kept.
+        state: The optimizer's state of one leaf, changed in place; None or empty before the first step. Second moments are
+            recognised by the names that PyTorch's and transformers' optimizers give them; other matrices are zeroed.
     """
     for name, value in (state or {}).items():
-        if isinstance(value, Tensor) and value.ndim == 2:
-            if "sq" in name:
-                value.copy_(value.mean(1, keepdim=True).expand_as(value))
-            else:
-                value.zero_()
+        if not isinstance(value, Tensor):
+            continue
+        if name == "exp_avg_sq_col":  # Adafactor's, one number for each coordinate
+            value.fill_(value.mean())
+        elif value.ndim == 2 and ("sq" in name or name == "sum"):  # "sum" is Adagrad's
+            value.copy_(value.mean(1, keepdim=True).expand_as(value))
+        elif value.ndim == 2:
+            value.zero_()

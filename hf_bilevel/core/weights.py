@@ -5,13 +5,15 @@ from torch import Tensor, nn
 
 
 class WeightTable(nn.Module):
-    r"""One logit for every sample or domain; its weight is :math:`\sigma(x_i)`, or :math:`n\,\mathrm{softmax}(x)_i`.
+    r"""One number for every sample or domain; its weight is :math:`x_i`, :math:`\sigma(x_i)` or :math:`n\,\mathrm{softmax}(x)_i`.
 
-    Sigmoid weights are free of each other, in (0, 1); softmax weights have the mean 1.
+    Projected weights are the numbers themselves, kept in [0, 1] by ``project`` after every step. They can reach 0 and 1 and
+    leave them again; a sigmoid weight near 0 or 1 hardly moves any more. Both are free of each other and start at 0.5;
+    softmax weights have the mean 1.
 
     Args:
         num: n, the number of samples or domains.
-        function: ``"sigmoid"`` or ``"softmax"``.
+        function: ``"projected"``, ``"sigmoid"`` or ``"softmax"``.
 
     Example:
         >>> WeightTable(4, "sigmoid")(torch.tensor([0, 3]))
@@ -22,24 +24,30 @@ class WeightTable(nn.Module):
 
     def __init__(self, num: int, function: str) -> None:
         super().__init__()
-        self.logits = nn.Parameter(torch.zeros(num))
+        self.values = nn.Parameter(torch.full((num,), 0.5 if function == "projected" else 0.0))
         self.function = function
 
-    def _weights(self) -> Tensor:
+    def _weights(self, ids: Tensor | slice) -> Tensor:
+        if self.function == "projected":
+            return self.values[ids]
         if self.function == "sigmoid":
-            return self.logits.sigmoid()
-        return len(self.logits) * self.logits.softmax(0)
+            return self.values[ids].sigmoid()
+        return (len(self.values) * self.values.softmax(0))[ids]
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the weights of some ids, differentiable."""
-        if self.function == "sigmoid":
-            return self.logits[ids].sigmoid()
-        return self._weights()[ids]
+        return self._weights(ids)
 
     @torch.no_grad()
     def all_weights(self) -> Tensor:
         """Return the weights of all ids."""
-        return self._weights()
+        return self._weights(slice(None)).clone()
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Bring the numbers back into [0, 1] after a step, where they are the weights themselves."""
+        if self.function == "projected":
+            self.values.clamp_(0, 1)
 
 
 class WeightNetwork(nn.Module):

@@ -173,7 +173,7 @@ class BrosConfig(BilevelConfig):
     }
     _choices: ClassVar[dict[str, tuple[str, ...]]] = {
         "upper_variable": ("domain", "fixed", "network", "table"),
-        "weight_function": ("sigmoid", "softmax"),
+        "weight_function": ("projected", "sigmoid", "softmax"),
         "rest": ("frozen", "full"),
         "estimator": ("bi_probe", "one_sided", "two_sided"),
         "hessian_action": ("double_backward", "finite_differences"),
@@ -477,7 +477,7 @@ class BrosMixin(BilevelMixin):
     def _warn_about_coverage(self) -> None:
         steps, refresh = self.state.max_steps, self.refresh_steps
         lowest = min(coverage(steps, refresh, *shape) for shape in self._shapes())
-        if lowest < MIN_COVERAGE:
+        if lowest < MIN_COVERAGE - 1e-9:
             warnings.warn(
                 f"The subspaces of {steps} steps, each kept for `refresh_steps={refresh}`, cover the space of a layer "
                 f"{lowest:.1f} times; below {MIN_COVERAGE} the learned weights suffer. Lower `refresh_steps`, raise `rank` or "
@@ -586,6 +586,8 @@ class BrosMixin(BilevelMixin):
         self._broken |= ~norm.isfinite()
         # Both use the other as it was before: what moves first does not matter.
         self.upper_step.step(hypergradient, schedule=self._get_learning_rate() / self.args.learning_rate)
+        if isinstance(self.upper, WeightTable):
+            self.upper.project()
         self.upper.zero_grad()
         rounding = torch.Generator().manual_seed(derive_seed(self._seed, self.state.global_step, _ROUNDING))
         self.auxiliary.step(hessian, upper_gradient, self.blocks.bases, rounding)

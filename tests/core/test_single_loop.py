@@ -12,7 +12,7 @@ from exact_answers import CoupledHessian, RidgeBilevel, exact_bases, restricted_
 from torch import Tensor
 
 from hf_bilevel.core.single_loop import Auxiliary, SingleLoop, UpperStep, stochastically_rounded
-from hf_bilevel.core.subspace import bi_probe, haar_basis, one_sided, restrict, two_sided
+from hf_bilevel.core.subspace import bi_probe, haar_basis, one_sided, restrict
 
 assert_exact = partial(torch.testing.assert_close, rtol=0, atol=0)
 assert_equal = partial(torch.testing.assert_close, rtol=0, atol=1e-12)
@@ -270,12 +270,12 @@ def test_automatic_step_is_stable(eigenvalues: list[float], top: float, rank: in
     """The rule sees the top curvature only once z aligns with its eigenvector, and must lower the step in time.
 
     ``top`` is how much of that eigenvector there is in the right-hand side, and so in z to begin with. The step that fits
-    the curvature of the other eigenvectors would multiply the top component by thousands every time.
+    the curvature of the other eigenvectors would multiply the top component by up to thousands every time.
     """
     hessian, vectors = rotated(eigenvalues)
     b = [vectors[:-1].sum(0, keepdim=True) + top * vectors[-1:]]
     auxiliary, generator, norms = Auxiliary(b), seeded(0), []
-    for _ in range(250):
+    for _ in range(200):
         bases: Bases = [None if rank is None else haar_basis(4, rank, generator, torch.float64)]
         auxiliary.step(one_sided(hessian.restricted(bases), auxiliary.blocks, bases), restrict(b, bases), bases)
         norms.append(auxiliary.norm().item())
@@ -674,9 +674,7 @@ def ridge() -> RidgeBilevel:
     return RidgeBilevel.random(num_train=30, num_target=20, dim=6, ridge=0.3, seed=0)
 
 
-def ridge_loop(
-    ridge: RidgeBilevel, alpha: Tensor, *, upper_learning_rate: float, rank: int | None, **options
-) -> SingleLoop:
+def ridge_loop(ridge: RidgeBilevel, alpha: Tensor, upper_learning_rate: float, rank: int | None) -> SingleLoop:
     """A loop over the weights of the samples, with the model in two blocks: a matrix, and a vector that stays full."""
     lower = [
         torch.zeros(1, 4, dtype=torch.float64, requires_grad=True),
@@ -688,9 +686,10 @@ def ridge_loop(
         lower,
         upper_learning_rate=upper_learning_rate,
         lower_learning_rate=1 / top * (1 if rank is None else rank / 4),
+        auxiliary=Auxiliary(lower, learning_rate=1 / top),
+        moving_average=0.5,
         rank=rank,
         generator=seeded(0),
-        **{"auxiliary": Auxiliary(lower, learning_rate=1 / top)} | options,
     )
 
 
@@ -698,13 +697,13 @@ def uneven_weights(num: int) -> Tensor:
     return 0.5 + torch.rand(num, generator=seeded(1), dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("rank", "num_steps", "tolerance"), [(None, 60, 1e-9), (2, 200, 1e-9)])
+@pytest.mark.parametrize(("rank", "num_steps", "tolerance"), [(None, 60, 1e-9), (2, 150, 1e-9)])
 def test_hypergradient_at_fixed_weights_is_the_exact_one(
     ridge: RidgeBilevel, rank: int | None, num_steps: int, tolerance: float
 ) -> None:
     """In subspaces too: with the one-sided estimator the noise of y and z dies out at their solutions."""
     alpha = uneven_weights(len(ridge.x))
-    loop = ridge_loop(ridge, alpha, upper_learning_rate=1e-300, rank=rank, moving_average=0.5)
+    loop = ridge_loop(ridge, alpha, upper_learning_rate=1e-300, rank=rank)
     for _ in range(num_steps):
         loop.step(lambda x, y: ridge.lower_loss(x[0], flat(y)), lambda x, y: ridge.upper_loss(flat(y)))
     assert_exact(loop.upper[0].detach(), alpha)
@@ -713,7 +712,7 @@ def test_hypergradient_at_fixed_weights_is_the_exact_one(
     assert relative_error([flat(loop.lower).detach()], [ridge.lower_solution(alpha)]) < tolerance
 
 
-@pytest.mark.parametrize(("rank", "num_steps", "tolerance"), [(None, 150, 1e-6), (2, 250, 1e-6)])
+@pytest.mark.parametrize(("rank", "num_steps", "tolerance"), [(None, 150, 1e-6), (2, 200, 1e-6)])
 def test_loop_ends_where_the_exact_hypergradient_vanishes(
     ridge: RidgeBilevel, rank: int | None, num_steps: int, tolerance: float
 ) -> None:
@@ -726,7 +725,7 @@ def test_loop_ends_where_the_exact_hypergradient_vanishes(
     def upper(x: list[Tensor], y: list[Tensor]) -> Tensor:
         return ridge.upper_loss(flat(y)) + 0.5 * pull * (x[0] - 1).square().sum()
 
-    loop = ridge_loop(ridge, start, upper_learning_rate=2.0, rank=rank, moving_average=0.5)
+    loop = ridge_loop(ridge, start, upper_learning_rate=2.0, rank=rank)
     for _ in range(num_steps):
         loop.step(lambda x, y: ridge.lower_loss(x[0], flat(y)), upper)
     alpha = loop.upper[0].detach()
@@ -737,7 +736,7 @@ def test_loop_ends_where_the_exact_hypergradient_vanishes(
 
 @pytest.mark.parametrize(
     ("estimator", "expected", "tolerance"),
-    [("naive", -20 / 39, 0.05), ("one_sided", -1.0, 1e-4), ("bi_probe", -1.0, 0.15), ("two_sided", -1.0, 0.2)],
+    [("naive", -20 / 39, 0.05), ("one_sided", -1.0, 1e-4), ("bi_probe", -1.0, 0.15)],
 )
 def test_noisy_loop_on_the_counter_example(estimator: str, expected: float, tolerance: float) -> None:
     """The mean of x over the last 200 steps: its standard deviation over seeds is a quarter of the tolerance, or less."""
@@ -749,7 +748,6 @@ def test_noisy_loop_on_the_counter_example(estimator: str, expected: float, tole
         "naive": restricted_on_both_sides,
         "one_sided": one_sided,
         "bi_probe": partial(bi_probe, generator=generator),
-        "two_sided": lambda action, z, bases: two_sided(action, z, bases, loop.draw_bases()),
     }[estimator]
     loop = SingleLoop(
         [x],
