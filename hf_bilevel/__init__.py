@@ -2,6 +2,7 @@
 
 from hf_bilevel.data import DataCollatorWithOrigin
 from hf_bilevel.losses import UnitLosses, unit_losses
+from hf_bilevel.subset import SelectedSubset
 from hf_bilevel.trainers.blade import BladeConfig, BladeMixin, BladeTrainer
 from hf_bilevel.trainers.bros import BrosConfig, BrosMixin, BrosTrainer, SampleWeights
 
@@ -14,6 +15,7 @@ __all__ = [
     "BrosTrainer",
     "DataCollatorWithOrigin",
     "SampleWeights",
+    "SelectedSubset",
     "UnitLosses",
     "unit_losses",
 ]

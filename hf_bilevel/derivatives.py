@@ -356,6 +356,8 @@ class DoubleBackward:
     Args:
         blocks: The lower variable.
         compute: Runs the model on the batch.
+        retain_graph: Keep the graph for more than one Hessian action. Without it one action, and slopes along the same
+            direction, are all there is.
 
     Attributes:
         losses: Sample losses, detached.
@@ -364,8 +366,10 @@ class DoubleBackward:
     Cost: a forward and backward pass, and about two more for each Hessian action.
     """
 
-    def __init__(self, blocks: LowerBlocks, compute: WeightedLosses) -> None:
+    def __init__(self, blocks: LowerBlocks, compute: WeightedLosses, retain_graph: bool = True) -> None:
         self.blocks = blocks
+        self._retain_graph = retain_graph
+        self._seen: tuple[list[Tensor], Tensor] | None = None
         with blocks.full_space() as self._variables, sdpa_kernel(SDPBackend.MATH):
             losses, coefficients = compute()
             self._coefficients = coefficients.detach().requires_grad_()
@@ -388,13 +392,15 @@ class DoubleBackward:
         """Return the restricted H[D]; slopes along the same direction come with it."""
         along = self._along(direction)
         variables = [*self._variables, self._coefficients]
-        *full, slopes = _gradients(along, variables, retain_graph=True)
+        if not self._retain_graph:
+            self._gradient = None  # what is differentiated is freed on the way
+        *full, slopes = _gradients(along, variables, retain_graph=self._retain_graph)
         self._seen = (direction, slopes)
         return self._restrict(full)
 
     def slopes(self, direction: list[Tensor]) -> Tensor:
         """Return the derivative of every sample's loss along a direction, ``(n,)``."""
-        if getattr(self, "_seen", (None,))[0] is direction:
+        if self._seen is not None and self._seen[0] is direction:
             return self._seen[1]
         (slopes,) = _gradients(self._along(direction), [self._coefficients], retain_graph=True)
         return slopes

@@ -2,7 +2,15 @@
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+
+import torch
+from tiny import make_dataset, make_model, make_trainer, wide_norms
+from transformers import set_seed
+from two_processes import GLOBAL_LEARNING_RATE, GLOBAL_RUNS, variables
+
+from hf_bilevel import BrosConfig, BrosTrainer
 
 
 def test_two_processes(tmp_path: Path) -> None:
@@ -13,5 +21,40 @@ def test_two_processes(tmp_path: Path) -> None:
     )
     output = result.stdout + result.stderr
     assert result.returncode == 0, output[-6000:]
-    for case in ("vit", "llama", "bert", "lora"):
+    for case in ("vit", "llama", "bert", "lora", "bros vit", "bros llama", "bros network"):
         assert f"{case}: passed" in output, output[-6000:]
+    for case, expected in torch.load(tmp_path / "global.pt", weights_only=True).items():
+        assert_one_process_is_the_same(case, expected, tmp_path)
+
+
+def assert_one_process_is_the_same(case: str, expected: dict[str, torch.Tensor], folder: Path) -> None:
+    """One process with the doubled batch; in float64, with sample weights in float32: to 1e-6 of the largest entry."""
+    name, settings, kwargs = GLOBAL_RUNS[case]
+    model = wide_norms(make_model(name)).double()
+    start = torch.cat([p.detach().flatten() for p in model.parameters()])
+    trainer = make_trainer(
+        BrosTrainer,
+        name,
+        folder / "one process",
+        model=model,
+        optim="sgd",
+        learning_rate=GLOBAL_LEARNING_RATE,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=2,
+        trainer_kwargs={
+            "target_dataset": make_dataset(name, 10, seed=7),
+            "bilevel_config": BrosConfig(**settings),
+            **kwargs,
+        },
+    )
+    set_seed(11)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The subspaces of")
+        trainer.train()
+    got = variables(trainer)
+    assert got.keys() == expected.keys() and (got["parameters"] - start).abs().max() > 1e-3
+    for key, value in got.items():
+        tolerance = 1e-6 * float(expected[key].abs().max())
+        torch.testing.assert_close(
+            value, expected[key], rtol=0, atol=tolerance, msg=lambda text, k=key: f"{case}, {k}: {text}"
+        )

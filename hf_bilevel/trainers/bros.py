@@ -523,9 +523,9 @@ class BrosMixin(BilevelMixin):
     def _bilevel_micro_step(self, weighting: "_Weighting") -> Tensor:
         config, blocks, z = self.bilevel_config, self.blocks, self.auxiliary.blocks
         seed = derive_seed(self._seed, self.state.global_step)
-        self._add(upper_gradient=self._upper_gradient())
         if config.hessian_action == "double_backward":
-            oracle: DoubleBackward | FiniteDifferences = DoubleBackward(blocks, weighting)
+            retain = config.estimator != "one_sided"
+            oracle: DoubleBackward | FiniteDifferences = DoubleBackward(blocks, weighting, retain_graph=retain)
         else:
             dtype = torch.bfloat16 if self.args.bf16 else blocks.parameters[0].dtype
             norm = torch.nn.utils.get_total_norm([p.detach() for p in blocks.parameters])
@@ -538,12 +538,15 @@ class BrosMixin(BilevelMixin):
             hessian = two_sided(oracle.hessian_action, z, blocks.bases, other_bases)
         else:
             hessian = one_sided(oracle.hessian_action, z, blocks.bases)
-        slopes = oracle.slopes(z)
+        slopes, losses = oracle.slopes(z), oracle.losses
         self._add(gradient=oracle.gradient, hessian=hessian)
+        del oracle  # and its graph, before the next evaluation
         # The hypergradient is minus the cross derivative along z; it accumulates in the gradients of the upper variable.
         (-(weighting.differentiable_coefficients() * slopes).sum()).backward()
-        self._note(weight_mean=weighting.weights.mean(), weight_std=weighting.weights.std(correction=0))
-        return oracle.losses
+        spread = weighting.weights.std(correction=0)
+        self._note(self.current_gradient_accumulation_steps, weight_mean=weighting.weights.mean(), weight_std=spread)
+        self._add(upper_gradient=self._upper_gradient())
+        return losses
 
     def _upper_gradient(self) -> list[Tensor]:
         # Of the model as it trains, with dropout and statistics of the batch. In evaluation mode it would be the gradient of
@@ -560,7 +563,7 @@ class BrosMixin(BilevelMixin):
         seed = derive_seed(self._seed, self._target_loader.position, self.args.process_index, _TARGET)
         with private_randomness(seed, self.args.device), preserved_buffers(self.model):
             losses, gradient = gradient_at_weights(self.blocks, compute)
-        self._note(target_loss=losses.mean())
+        self._note(self.current_gradient_accumulation_steps, target_loss=losses.mean())
         return gradient
 
     def _add(self, **tensors: list[Tensor]) -> None:
@@ -585,7 +588,7 @@ class BrosMixin(BilevelMixin):
         norm = torch.nn.utils.get_total_norm(hypergradient)
         self._broken |= ~norm.isfinite()
         # Both use the other as it was before: what moves first does not matter.
-        self.upper_step.step(hypergradient, schedule=self._get_learning_rate() / self.args.learning_rate)
+        self.upper_step.step(hypergradient, schedule=self._schedule())
         if isinstance(self.upper, WeightTable):
             self.upper.project()
         self.upper.zero_grad()
@@ -601,12 +604,14 @@ class BrosMixin(BilevelMixin):
             for tensor in tensors:
                 tensor.copy_(self.accelerator.reduce(tensor, "mean"))
 
-    def _note(self, **values: Tensor) -> None:
-        """Add to what is logged; per step, so micro-batches count by their share."""
+    def _note(self, num: int = 1, **values: Tensor) -> None:
+        """Add to what is logged; ``num`` is how often that happens in a step."""
         for name, value in values.items():
-            share = 1 if name in ("hypergradient_norm", "auxiliary_norm", "auxiliary_learning_rate") else None
-            num = self.current_gradient_accumulation_steps if share is None else 1
             self._sums[_NOTES.index(name)] += value.detach().to(self._sums) / num
+
+    def _schedule(self) -> float:
+        """Say where the Trainer's learning rate is on its schedule; the upper variable's follows."""
+        return self._get_learning_rate() / self.args.learning_rate if self.args.learning_rate else 1.0
 
     # Results --------------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """Seconds of an optimizer step of every method over those of a step of ``transformers.Trainer``, within one run.
 
-    python scripts/benchmarks/overhead.py --output scripts/benchmarks/results/overhead.json    # about 10 minutes, 1 thread
+    python scripts/benchmarks/overhead.py --output scripts/benchmarks/results/overhead.json    # about 30 minutes, 1 thread
     python scripts/benchmarks/overhead.py --smoke
 
 Each arm has a trainer of its own on a copy of one model and on the same random data. In every round each trainer makes one
@@ -10,7 +10,8 @@ and for BLADE the first reference phase. Reported is the median over rounds of (
 
 ``limit`` is what counting forward passes predicts, a plain step being 3; the passes of the real runs are counted too, and
 must agree. ``blade_token_amortised`` adds the reference phase at the published K / T = 300 / 1,000, from the measured cost
-of a reference step.
+of a reference step. ``bros`` is BrosTrainer as it comes, with a fresh subspace at every step of so short a run;
+``bros_every5`` moves the weights at every fifth step and is timed over five; ``masoba`` is in full space, by double backward.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import copy
 import statistics
 import tempfile
 import time
+import warnings
 from collections import Counter
 
 import torch
@@ -34,27 +36,41 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_bilevel import BladeConfig, BladeTrainer
+from hf_bilevel import BladeConfig, BladeTrainer, BrosConfig, BrosTrainer
 
 RATIO = {"blade_token": 0.6, "blade_sample": 0.5}
 SHARE = 300 / 1000  # published K / T
 PHASE_STEPS = 2  # reference steps of a measured reference phase
-MODELS = {"vit": ("off", "blade_sample"), "llama": ("off", "blade_token", "blade_sample", "phase")}
+BROS = ("bros", "bros_every5", "masoba")
+MODELS = {
+    "vit": ("off", "blade_sample", *BROS),
+    "llama": ("off", "blade_token", "blade_sample", "phase", *BROS),
+}
+TIMED_STEPS = {"phase": 2, "bros_every5": 5}  # others: as many as the run says
 
-# Forward passes of one step; a reference step trains on a target batch and on a training batch that both models score.
+# Forward passes of one step; a reference step trains on a target batch and on a training batch that both models score. BROS
+# trains on a target batch once and on the training batch twice.
 CALLS = {
     "plain": {"proxy train": 1},
     "off": {"proxy train": 1},
     "blade_token": {"proxy train": 1, "reference score": 1},
     "blade_sample": {"proxy train": 1, "reference score": 1, "proxy score": 1},
     "phase": {"reference train": 2, "reference score": 1, "proxy score": 1},
+    "bros": {"proxy train": 3},
+    "bros_every5": {"proxy train": 1 + 2 / 5},
+    "masoba": {"proxy train": 2},
 }
+# Differentiating a forward and backward pass, three forwards' worth, costs twice as much as making it.
+DOUBLE_BACKWARD = {"masoba": 2 * 3}
 EQUIVALENTS = {
     "plain": 3,
     "off": 3,
     "blade_token": 3 + 1,
     "blade_sample": 2 + 3 * RATIO["blade_sample"],
     "phase": 6 + 2,
+    "bros": 3 * 3,
+    "bros_every5": 3 * (1 + 2 / 5),
+    "masoba": 2 * 3 + DOUBLE_BACKWARD["masoba"],
 }
 EQUIVALENTS["blade_token_amortised"] = EQUIVALENTS["blade_token"] + SHARE * EQUIVALENTS["phase"]
 TARGETS = {
@@ -63,6 +79,10 @@ TARGETS = {
     "step_ratio/llama/blade_token": 1.40,
     "step_ratio/vit/blade_sample": 1.10 * EQUIVALENTS["blade_sample"] / 3,
     "step_ratio/llama/blade_sample": 1.10 * EQUIVALENTS["blade_sample"] / 3,
+    "step_ratio/vit/bros": 3.2,
+    "step_ratio/llama/bros": 3.2,
+    "bros_over_masoba_step/vit": 0.75,
+    "bros_over_masoba_step/llama": 0.75,
 }
 
 
@@ -96,7 +116,7 @@ class StepClock(TrainerCallback):
 
 
 def make_trainer(arm: str, model: nn.Module, data: list[dict], batch_size: int, steps: int, folder: str) -> Trainer:
-    """Build the trainer of one arm; each of its ``train()`` calls makes 1 + ``steps`` steps."""
+    """Build the trainer of one arm; each of its ``train()`` calls makes 1 + ``steps`` steps, or as ``TIMED_STEPS`` says."""
     # Beyond the run, so that only the dropped first step has a reference phase: the smallest there is.
     no_phase = {"sync_steps": 10**6, "reference_steps": 1, "penalty": 0, "target_batch_size": 1}
     configs = {
@@ -105,11 +125,14 @@ def make_trainer(arm: str, model: nn.Module, data: list[dict], batch_size: int, 
         "blade_sample": BladeConfig(selection_ratio=RATIO["blade_sample"], granularity="sample", **no_phase),
         # As published otherwise; steps 0 and 2 synchronise, so the second of two timed steps does and the first does not.
         "phase": BladeConfig(sync_steps=2, reference_steps=PHASE_STEPS, first_reference_steps=1),
+        "bros": BrosConfig(),
+        "bros_every5": BrosConfig(update_every=5),
+        "masoba": BrosConfig(rank="full", hessian_action="double_backward"),
     }
     args = TrainingArguments(
         folder,
         per_device_train_batch_size=batch_size,
-        max_steps=1 + (2 if arm == "phase" else steps),
+        max_steps=1 + TIMED_STEPS.get(arm, steps),
         learning_rate=1e-4,
         lr_scheduler_type="constant",
         logging_strategy="no",
@@ -119,9 +142,8 @@ def make_trainer(arm: str, model: nn.Module, data: list[dict], batch_size: int, 
         use_cpu=True,
     )
     ours = {} if arm == "plain" else {"target_dataset": data, "bilevel_config": configs[arm]}
-    trainer = (Trainer if arm == "plain" else BladeTrainer)(
-        model=copy.deepcopy(model), args=args, train_dataset=data, **ours
-    )
+    trainer_class = Trainer if arm == "plain" else BrosTrainer if arm in BROS else BladeTrainer
+    trainer = trainer_class(model=copy.deepcopy(model), args=args, train_dataset=data, **ours)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -160,13 +182,14 @@ def count_forwards(arm: str, trainer: Trainer) -> float:
     per_step = {name: number / steps for name, number in calls.items() if number}
     assert per_step == CALLS[arm], (arm, per_step, CALLS[arm])
     equivalents = (3 * rows["train"] + rows["score"]) / (steps * trainer.args.per_device_train_batch_size)
+    equivalents += DOUBLE_BACKWARD.get(arm, 0)
     assert abs(equivalents - EQUIVALENTS[arm]) < 1e-9, (arm, equivalents, EQUIVALENTS[arm])
     return equivalents
 
 
 def measure(model_name: str, seed: int, batch_size: int, steps: int, rounds: int, smoke: bool) -> list[dict]:
     """Run all arms of a model in alternation; one row for each."""
-    model, data = build(model_name, batch_size * (1 + steps), seed, smoke)
+    model, data = build(model_name, batch_size * (1 + max(steps, *TIMED_STEPS.values())), seed, smoke)
     arms = ("plain", *MODELS[model_name])
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}
     with tempfile.TemporaryDirectory() as folder:
@@ -175,10 +198,12 @@ def measure(model_name: str, seed: int, batch_size: int, steps: int, rounds: int
         for i in range(rounds):
             for arm in arms if i % 2 == 0 else reversed(arms):  # a drift of the machine hits all arms alike
                 times = train(trainers[arm])
-                # Of a reference phase: what a step that synchronises takes more than the one before it, per reference step.
-                seconds[arm].append(
-                    (times[1] - times[0]) / PHASE_STEPS if arm == "phase" else statistics.median(times)
-                )
+                if (
+                    arm == "phase"
+                ):  # what a step that synchronises takes more than the one before it, per reference step
+                    seconds[arm].append((times[1] - times[0]) / PHASE_STEPS)
+                else:  # one of the five steps of bros_every5 is not like the others
+                    seconds[arm].append(statistics.fmean(times) if arm == "bros_every5" else statistics.median(times))
     ratios = {arm: [t / plain for t, plain in zip(seconds[arm], seconds["plain"], strict=True)] for arm in arms}
     if "phase" in arms:
         pairs = zip(ratios["blade_token"], ratios["phase"], strict=True)
@@ -215,6 +240,14 @@ def summarise(rows: list[dict]) -> dict[str, float]:
         else:
             summary[f"limit/{model}/{arm}"] = own[0]["limit"]
             summary[f"forward_equivalents/{model}/{arm}"] = own[0]["forward_equivalents"]
+    for model in MODELS:
+        bros, masoba = (
+            [ratio for row in rows if (row["model"], row["arm"]) == (model, arm) for ratio in row["ratios"]]
+            for arm in ("bros", "masoba")
+        )
+        over = [a / b for a, b in zip(bros, masoba, strict=True)]  # of the same round: the plain step cancels
+        summary[f"bros_over_masoba_step/{model}"] = statistics.median(over)
+        summary[f"bros_over_masoba_step/{model}/std"] = mean_and_std(over)[1]
     return summary
 
 
@@ -227,6 +260,7 @@ def main(argv: list[str] | None = None) -> dict:
     options = parser.parse_args(argv)
     rounds = options.rounds or (2 if options.smoke else 20)
     batch_size, steps = (4, 2) if options.smoke else (8, 4)
+    warnings.filterwarnings("ignore", "The subspaces of")  # of so short a run cover little
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # repeatable: other work on the machine then takes another core
     try:
@@ -243,6 +277,7 @@ def main(argv: list[str] | None = None) -> dict:
                 "The plain arm trains on all candidates, also where blade_sample trains on the selected half.",
                 "std and ratio_range are over rounds.",
                 "A reference step of the phase: penalty 1, target batch as large as the candidate batch.",
+                "BROS: rank 0.125, one-sided, a fresh subspace at every step, target batch as large as the training batch.",
             ],
         }
         summary = summarise(rows)

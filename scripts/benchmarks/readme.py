@@ -25,7 +25,30 @@ OVERHEAD_ARMS = {
     "llama/blade_token_amortised": "Llama, token level, with the published reference phase (K / T = 0.3)",
     "llama/blade_sample": "Llama, sample level, ratio 0.5",
     "vit/blade_sample": "ViT, sample level, ratio 0.5",
+    "llama/bros": "Llama, BROS",
+    "vit/bros": "ViT, BROS",
+    "llama/bros_every5": "Llama, BROS with `update_every=5`",
+    "vit/bros_every5": "ViT, BROS with `update_every=5`",
+    "llama/masoba": 'Llama, MA-SOBA: `rank="full"`, `hessian_action="double_backward"`',
+    "vit/masoba": "ViT, MA-SOBA",
 }
+MODELS = {
+    "vit_s": "ViT-S, 64 patches",
+    "vit_s/checkpointed": "... with gradient checkpointing",
+    "vit_b": "ViT-B, 64 patches",
+    "vit_l": "ViT-L, 64 patches",
+    "smollm2": "SmolLM2-135M, 256 tokens",
+    "smollm2/checkpointed": "... with gradient checkpointing",
+}
+RANKS = {
+    "rank4": "4",
+    "rank16": "16",
+    "one_sided": "48",
+    "bi_probe": "48, bi-probe",
+    "rank192": "192",
+    "full": "full",
+}
+ESTIMATORS = {"naive": "naive (biased)", "bi_probe": "bi-probe", "two_sided": "two-sided", "one_sided": "one-sided"}
 
 
 def load(name: str) -> dict:
@@ -68,6 +91,8 @@ def overhead() -> str:
     summary = load("overhead")["summary"]
     lines = ["| | seconds, ratio to `Trainer` | limit by counting passes |", "|---|---|---|"]
     for key, title in OVERHEAD_ARMS.items():
+        if f"step_ratio/{key}" not in summary:
+            continue
         limit = f"{summary[f'limit/{key}']:.2f}"
         lines.append(f"| {title} | {plus_minus(summary, f'step_ratio/{key}', digits=2)} | {limit} |")
     memory = load("memory")["summary"]
@@ -75,6 +100,74 @@ def overhead() -> str:
         "",
         f"Scoring 8 × 1,024 tokens at a vocabulary of 49,152 takes {100 * memory['scoring_over_naive']:.0f} % of the peak "
         "memory of computing all logits. From `overhead.json` and `memory.json` beside.",
+    ]
+    return "\n".join(lines)
+
+
+def memory() -> str:
+    report = load("memory")
+    summary, rows = report["summary"], report["rows"]
+    lines = [
+        "Peak MiB of a training step above the idle process with the model loaded, float32, gradients and optimizer state "
+        "included; BROS at rank 48 with the one-sided estimator.",
+        "",
+        "| | batch | AdamW | MA-SOBA | BROS | BROS / MA-SOBA | BROS / AdamW |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for model, title in MODELS.items():
+        sizes = [row["batch_size"] for row in rows if (row["part"], row["model"]) == ("training", model)]
+        peaks = [summary.get(f"peak_mib/{model}/{arm}") for arm in ("adamw", "masoba", "bros_one_sided")]
+        ratios = [summary.get(f"bros_over_{arm}/{model}") for arm in ("masoba", "adamw")]
+        if sizes:
+            cells = ["" if peak is None else f"{peak:,.0f}" for peak in peaks]
+            cells += ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
+            lines.append(f"| {title} | {sizes[0]} | {' | '.join(cells)} |")
+    arms = {
+        title: f"peak_mib/vit_s/bros_{arm}" for arm, title in RANKS.items() if f"peak_mib/vit_s/bros_{arm}" in summary
+    }
+    lines += [
+        "",
+        f"| ViT-S, rank | {' | '.join(arms)} |",
+        f"|---|{'---|' * len(arms)}",
+        f"| MiB | {' | '.join(f'{summary[key]:,.0f}' for key in arms.values())} |",
+    ]
+    return "\n".join(lines)
+
+
+def estimators() -> str:
+    report = load("estimators")
+    summary, config = report["summary"], report["config"]
+    ranks = list(dict.fromkeys(row["rank"] for row in report["rows"]))
+    lines = [
+        f"Relative root mean square error of one draw of H[Z], at the end of {config['steps']} steps of BROS on MNIST digits with "
+        f"half of the labels wrong (ViT, {config['width']} wide, {config['layers']} layers; {config['draws']} draws, "
+        f"{config['seeds']} seeds, mean ± standard deviation over seeds). Z is the run's auxiliary variable; below, the gradient "
+        "on a target batch.",
+        "",
+        f"| rank | {' | '.join(ESTIMATORS.values())} |",
+        f"|---|{'---|' * len(ESTIMATORS)}",
+    ]
+    for end, title in (("", ""), ("/upper_gradient", ", upper gradient")):
+        for rank in ranks:
+            cells = [plus_minus(summary, f"relative_rms/{name}/{rank}{end}", digits=2) for name in ESTIMATORS]
+            lines.append(f"| {rank}{title} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Bias, over the norm of H[Z], and in brackets what an unbiased estimator shows with so many draws:",
+        "",
+        f"| rank | {' | '.join(ESTIMATORS.values())} |",
+        f"|---|{'---|' * len(ESTIMATORS)}",
+    ]
+    for rank in ranks:
+        cells = [
+            f"{summary[f'bias/{name}/{rank}']:.2f} ({summary[f'bias_if_unbiased/{name}/{rank}']:.2f})"
+            for name in ESTIMATORS
+        ]
+        lines.append(f"| {rank} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Finite differences in full space, as the trainer takes them, have a relative error of "
+        f"{summary['finite_differences']:.4f}: the noise is the subspace's.",
     ]
     return "\n".join(lines)
 
@@ -98,7 +191,7 @@ def sweep() -> str:
 
 PAGES = {
     ROOT / "README.md": {"noisy_labels": noisy_labels, "overhead": overhead},
-    Path(__file__).parent / "README.md": {"sweep": sweep},
+    Path(__file__).parent / "README.md": {"memory": memory, "estimators": estimators, "sweep": sweep},
 }
 
 
