@@ -74,7 +74,10 @@ class LowerBlocks:
             elif parameter.requires_grad:
                 frozen.append(parameter)
         if not self.parameters:
-            raise ValueError(f"`{type(model).__name__}` has no trainable parameter.")
+            reason = "no parameter with `requires_grad`"
+            if rest == "frozen":
+                reason = "nothing in a subspace, and `rest='frozen'` leaves all else as it is: use `rest='full'`"
+            raise ValueError(f"`{type(model).__name__}` has nothing to train: {reason}.")
         half = [
             n for n, p in zip(self.names, self.parameters, strict=True) if p.dtype in (torch.float16, torch.bfloat16)
         ]
@@ -179,18 +182,21 @@ class LowerBlocks:
                 del layer.forward  # uncovers the method of the class
 
     @contextmanager
-    def full_space(self) -> Iterator[list[Tensor]]:
+    def full_space(self, stand_ins: list[Tensor] | None = None) -> Iterator[list[Tensor]]:
         """Let the model compute with stand-ins for all its trained weights, to differentiate twice by.
+
+        Args:
+            stand_ins: Those of an earlier call, to compute with again; None for new ones.
 
         Yields:
             The stand-ins, full size, sharing memory with the weights.
         """
-        stand_ins, swapped = [], []
+        swapped: list[tuple[nn.Module, str, nn.Parameter]] = []
+        if stand_ins is None:
+            stand_ins = [parameter.detach().requires_grad_() for parameter in self.parameters]
         try:
-            for parameter, owners in zip(self.parameters, self._owners, strict=True):
-                stand_in = parameter.detach().requires_grad_()
+            for stand_in, owners in zip(stand_ins, self._owners, strict=True):
                 self._swap(owners, stand_in, swapped)
-                stand_ins.append(stand_in)
             for parameter, owners in self._frozen:
                 self._swap(owners, parameter.detach(), swapped)
             yield stand_ins
@@ -279,7 +285,7 @@ class FiniteDifferences:
     With :math:`g = \sum_i c_i \ell_i` the antithetic pair gives, up to O(ε²): the gradient, half the sum of the two
     gradients; :math:`H[D]`, their difference over 2ε; and :math:`\langle\nabla\ell_i, D\rangle`, the difference of the
     sample losses over 2ε. All gradients are taken in the subspace only, no graph is differentiated twice, so fused attention
-    works, and W is never written. Both evaluations see the same dropout masks, and buffers (running statistics) move once.
+    works, and W is never written. All evaluations see the same dropout masks, and buffers (running statistics) move once.
 
     Args:
         blocks: The lower variable.
@@ -288,7 +294,7 @@ class FiniteDifferences:
         weights_norm: Norm of the weights, a scalar tensor.
 
     Attributes:
-        losses: Sample losses of the first evaluation, detached.
+        losses: Sample losses at W, half the sum of the first pair's, detached.
         gradient: In coordinates, from the first pair.
 
     Cost: one pair, two forward and backward passes, for each Hessian action; ``slopes`` along a direction that has had its
@@ -302,6 +308,7 @@ class FiniteDifferences:
         self.compute = compute
         self.length = relative_step * weights_norm
         self.gradient: list[Tensor] | None = None
+        self._before: tuple[torch.device, Tensor, Tensor | None] | None = None  # randomness of the first evaluation
         self._seen: tuple[list[Tensor], Tensor] | None = None
 
     def _step(self, direction: list[Tensor]) -> Tensor:
@@ -312,17 +319,14 @@ class FiniteDifferences:
     def hessian_action(self, direction: list[Tensor]) -> list[Tensor]:
         """Return the restricted H[D]; the first call also sets ``gradient`` and ``losses``."""
         step = self._step(direction)
-        before = _random_state(self.blocks.parameters[0].device)
-        with self.blocks.shifted(direction, step) as variables:
-            losses, coefficients = self.compute()
-            plus = _gradients((losses * coefficients).sum(), variables)
-            plus_losses = losses.detach()
-            del losses, coefficients
-        with _replayed(self.blocks.model, before), self.blocks.shifted(direction, -step) as variables:
-            losses, coefficients = self.compute()
-            minus = _gradients((losses * coefficients).sum(), variables)
-            minus_losses = losses.detach()
-            del losses, coefficients
+        if self._before is None:
+            self._before = _random_state(self.blocks.parameters[0].device)
+            plus, plus_losses = self._evaluate(direction, step)
+        else:
+            with _replayed(self.blocks.model, self._before):
+                plus, plus_losses = self._evaluate(direction, step)
+        with _replayed(self.blocks.model, self._before):
+            minus, minus_losses = self._evaluate(direction, -step)
         self._seen = (direction, (plus_losses - minus_losses) / (2 * step))
         # In place, block by block: full-space blocks may be large.
         for a, b in zip(plus, minus, strict=True):
@@ -330,21 +334,25 @@ class FiniteDifferences:
             a.add_(b, alpha=0.5)  # half the sum
             b.mul_(-0.5 / step)
         if self.gradient is None:
-            self.gradient, self.losses = plus, plus_losses
+            self.gradient, self.losses = plus, (plus_losses + minus_losses) / 2
         return minus
+
+    def _evaluate(self, direction: list[Tensor], step: Tensor) -> tuple[list[Tensor], Tensor]:
+        with self.blocks.shifted(direction, step) as variables:
+            losses, coefficients = self.compute()
+            return _gradients((losses * coefficients).sum(), variables), losses.detach()
 
     @torch.no_grad()
     def slopes(self, direction: list[Tensor]) -> Tensor:
         """Return the derivative of every sample's loss along a direction, ``(n,)``."""
         if self._seen is not None and self._seen[0] is direction:
             return self._seen[1]
-        step = self._step(direction)
-        before = _random_state(self.blocks.parameters[0].device)
-        with _replayed(self.blocks.model, before), self.blocks.shifted(direction, step):
-            plus, _ = self.compute()
-        with _replayed(self.blocks.model, before), self.blocks.shifted(direction, -step):
-            minus, _ = self.compute()
-        return (plus - minus) / (2 * step)
+        before = self._before if self._before is not None else _random_state(self.blocks.parameters[0].device)
+        step, losses = self._step(direction), []
+        for signed in (step, -step):
+            with _replayed(self.blocks.model, before), self.blocks.shifted(direction, signed):
+                losses.append(self.compute()[0])
+        return (losses[0] - losses[1]) / (2 * step)
 
 
 class DoubleBackward:
@@ -380,6 +388,12 @@ class DoubleBackward:
         self.losses = losses.detach()
         self.gradient = self._restrict([g.detach() for g in self._gradient])
 
+    @contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        """Let gradient checkpointing run parts of the model again as they were run."""
+        with self.blocks.full_space(self._variables), sdpa_kernel(SDPBackend.MATH):
+            yield
+
     def _restrict(self, full: list[Tensor]) -> list[Tensor]:
         pairs = zip(full, self.blocks.bases, strict=True)
         return restrict([g if basis is None else g.flatten(1) for g, basis in pairs], self.blocks.bases)
@@ -394,7 +408,8 @@ class DoubleBackward:
         variables = [*self._variables, self._coefficients]
         if not self._retain_graph:
             self._gradient = None  # what is differentiated is freed on the way
-        *full, slopes = _gradients(along, variables, retain_graph=self._retain_graph)
+        with self._recomputing():
+            *full, slopes = _gradients(along, variables, retain_graph=self._retain_graph)
         self._seen = (direction, slopes)
         return self._restrict(full)
 
@@ -402,7 +417,8 @@ class DoubleBackward:
         """Return the derivative of every sample's loss along a direction, ``(n,)``."""
         if self._seen is not None and self._seen[0] is direction:
             return self._seen[1]
-        (slopes,) = _gradients(self._along(direction), [self._coefficients], retain_graph=True)
+        with self._recomputing():
+            (slopes,) = _gradients(self._along(direction), [self._coefficients], retain_graph=True)
         return slopes
 
 
@@ -445,6 +461,8 @@ def _projectable(
 ) -> dict[nn.Parameter, nn.Module]:
     """Find the layers whose weights go into subspaces, by weight."""
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    backbone = set(getattr(model, "base_model", model).modules())
+    num_labels = getattr(getattr(model, "config", None), "num_labels", None)
     found = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
@@ -452,7 +470,8 @@ def _projectable(
             continue
         wanted = any(name == end or name.endswith(f".{end}") for end in modules or ())
         # A classifier is too small to gain from it; the output embedding of a language model is embedding as much as layer.
-        is_head = module is output or "." not in name
+        is_classifier = module not in backbone and weight.shape[0] == num_labels
+        is_head = module is output or is_classifier or "." not in name
         if wanted or modules is None and not is_head:
             found[weight] = module
     return found

@@ -41,18 +41,9 @@ class _Parser(HfArgumentParser):
 
 
 def parse(*classes: type, argv: list[str] | None = None) -> tuple[Any, ...]:
-    """Read one instance of each class from a recipe and the command line.
-
-    A name that two classes share is the first one's.
-    """
+    """Read one instance of each class from a recipe and the command line."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    # "resolve" lets the last class that is added have a shared name.
-    parser = _Parser(
-        reversed(classes),
-        usage="%(prog)s RECIPE.yaml [--field value ...]",
-        allow_abbrev=False,
-        conflict_handler="resolve",
-    )
+    parser = _Parser(classes, usage="%(prog)s RECIPE.yaml [--field value ...]", allow_abbrev=False)
     names = [entry.name for cls in classes for entry in fields(cls) if entry.init]
     if argv and not argv[0].startswith("-"):
         recipe = argv.pop(0)

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from transformers import TrainingArguments
 
-from hf_bilevel import BrosConfig
+from hf_bilevel import BladeConfig, BrosConfig
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -81,11 +81,12 @@ def test_a_recipe_is_read_and_the_command_line_wins(script, recipe: str) -> None
     assert (args.output_dir, str(args.save_strategy.value)) == ("there", "no")
 
 
-def test_a_name_that_two_classes_share_is_the_first_ones(script, recipe: str) -> None:
+def test_configs_share_no_name_with_training_arguments(script, recipe: str) -> None:
     module = script("recipe")
-    args, config = module.parse(TrainingArguments, BrosConfig, argv=["--warmup_steps", "0.5"])
-    assert args.warmup_steps == 0.5
-    assert config == BrosConfig()
+    args, blade = module.parse(TrainingArguments, BladeConfig, argv=["--warmup_steps", "0.5"])
+    assert (args.warmup_steps, blade) == (0.5, BladeConfig())
+    args, bros = module.parse(TrainingArguments, BrosConfig, argv=["--start_step", "3"])
+    assert bros == BrosConfig(start_step=3)
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ class BladeConfig(BilevelConfig):
         reference_dtype: ``"float32"``, ``"bfloat16"`` or ``"auto"`` (the model's): dtype of a copied reference while it
             scores.
         reference_device: ``"auto"`` (beside the model) or ``"cpu"``: where a copied reference waits between uses.
-        warmup_steps: Optimizer steps on all candidates before the first selection.
+        start_step: Optimizer step of the first selection; before it, all candidates are trained on.
         on_non_finite: What to do with candidates whose loss is NaN or infinite: ``"exclude"`` them from selection and
             log how many (``blade/num_excluded``), or raise an ``"error"``, which costs one host sync a step at token
             level. An excluded token adds nothing to the loss and leaves the planned denominator as it is. Where a
@@ -126,7 +126,7 @@ class BladeConfig(BilevelConfig):
     reference_device: str = field(
         default="auto", metadata={"help": "Where a copied reference model waits between uses: auto or cpu."}
     )
-    warmup_steps: int = field(default=0, metadata={"help": "Optimizer steps on all candidates before selecting."})
+    start_step: int = field(default=0, metadata={"help": "Optimizer step of the first selection."})
     on_non_finite: str = field(
         default="exclude", metadata={"help": "Candidates with a NaN or infinite loss: exclude or error."}
     )
@@ -157,8 +157,8 @@ class BladeConfig(BilevelConfig):
             raise ValueError(f"`penalty` must be finite and not negative, got {self.penalty}.")
         if self.reference_learning_rate is not None and not self.reference_learning_rate > 0:
             raise ValueError(f"`reference_learning_rate` must be positive, got {self.reference_learning_rate}.")
-        if self.warmup_steps < 0:
-            raise ValueError(f"`warmup_steps` must not be negative, got {self.warmup_steps}.")
+        if self.start_step < 0:
+            raise ValueError(f"`start_step` must not be negative, got {self.start_step}.")
         if self.score == "excess_loss" and self.reference == "none":
             raise ValueError(
                 "`score='excess_loss'` compares with a reference model, and `reference='none'` has none. Use "
@@ -310,7 +310,7 @@ class BladeMixin(ReferenceMixin):
         self._pending.clear()
         if self.penalty > 0:
             self._remember(batches)
-        if step < self.bilevel_config.warmup_steps:
+        if step < self.bilevel_config.start_step:
             return batches, num_items
         if self._reference_kind == "dynamic":
             self._synchronise_if_due(step)
@@ -468,7 +468,7 @@ class BladeMixin(ReferenceMixin):
 
     def _synchronise_if_due(self, step: int) -> None:
         sync_steps, reference_steps, first_reference_steps = self._schedule
-        due = (step - self.bilevel_config.warmup_steps) % sync_steps == 0
+        due = (step - self.bilevel_config.start_step) % sync_steps == 0
         if (due or self._synced_at < 0) and self._synced_at != step:
             first = self._synced_at < 0
             self._synchronise(step, first_reference_steps if first else reference_steps, first)

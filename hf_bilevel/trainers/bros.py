@@ -81,10 +81,12 @@ class BrosConfig(BilevelConfig):
             weight (Meta-Weight-Net), also for streams; ``"domain"``: a logit for every domain; ``"fixed"``: nothing is
             learned, and samples are weighted by the ``sample_weights`` given to the trainer. Without them and with
             ``rank="full"`` the run is the plain Trainer's, bit for bit.
-        weight_function: From logits to weights, for table and domain: ``"sigmoid"``, free of each other in (0, 1), or
-            ``"softmax"``, with mean 1. A network's are sigmoid.
+        weight_function: From logits to weights, for table and domain: ``"sigmoid"``, free of each other in (0, 1);
+            ``"projected"``, no logits but the weights themselves, kept in [0, 1]; ``"softmax"``, with mean 1. A network's
+            are sigmoid.
         normalise_weights: Divide the weights of a batch by their mean, so that the loss keeps its scale however small the
-            weights are. Either way the loss with all weights 1 is the Trainer's.
+            weights are. Either way the loss with all weights 1 is the Trainer's, with the exact mean over an accumulated
+            batch also for models that take ``num_items_in_batch`` and ignore it (BERT's own heads).
         rank: Rank of the subspaces: a whole number, a fraction of each layer's input size, or ``"full"`` for no subspaces.
             The adapters of a PEFT model are trained in full space.
         modules: Names, or ends of names, of the layers to put into subspaces; None for all linear layers and convolutions
@@ -95,11 +97,13 @@ class BrosConfig(BilevelConfig):
         hessian_action: ``"finite_differences"``, or ``"double_backward"`` for comparison: exact, in full space, and several
             times the memory.
         update_every: Optimizer steps for each update of auxiliary and upper variable; the others are ordinary steps.
-        warmup_steps: Optimizer steps before the first update. Keep it short: what the model has memorised with wrong labels
+        start_step: Optimizer step of the first update. Keep it low: what the model has memorised with wrong labels
             no longer stands out.
         normalise_hypergradient: Divide the upper step by the root mean square of recent hypergradients, one number for all
             samples. Otherwise ``upper_learning_rate`` is the paper's, and must be of the size of the pool.
-        upper_learning_rate: Learning rate of the upper variable; it follows the Trainer's schedule.
+        upper_learning_rate: Learning rate of the upper variable; it follows the Trainer's schedule. The default is for a
+            table, of which a step moves the samples of one batch. A step moves all of a network or of the domains: 0.01 to
+            0.02 there.
         moving_average: Share of a new hypergradient in their moving average, in (0, 1]; 1 is SOBA.
         auxiliary_learning_rate: Learning rate of z in full space, or "auto"; in a subspace times r / m.
         damping: Damping of the linear system. With an "auto" learning rate relative to the curvature seen, else absolute.
@@ -125,7 +129,7 @@ class BrosConfig(BilevelConfig):
         default="table", metadata={"help": "What is learned: table, network, domain, or fixed for nothing."}
     )
     weight_function: str = field(
-        default="sigmoid", metadata={"help": "From logits to weights, for table and domain: sigmoid or softmax."}
+        default="sigmoid", metadata={"help": "Weights of table and domain: sigmoid, softmax or projected."}
     )
     normalise_weights: bool = field(
         default=True, metadata={"help": "Divide the weights of a batch by their mean, so that it counts in full."}
@@ -145,7 +149,7 @@ class BrosConfig(BilevelConfig):
         default="finite_differences", metadata={"help": "finite_differences, or double_backward for comparison."}
     )
     update_every: int = field(default=1, metadata={"help": "Optimizer steps for each update of the weights."})
-    warmup_steps: int = field(default=0, metadata={"help": "Optimizer steps before the weights begin to learn."})
+    start_step: int = field(default=0, metadata={"help": "Optimizer step at which the weights begin to learn."})
     normalise_hypergradient: bool = field(
         default=True, metadata={"help": "Scale steps of the upper variable by the size of recent hypergradients."}
     )
@@ -195,8 +199,8 @@ class BrosConfig(BilevelConfig):
         for name in ("refresh_steps", "update_every"):
             if getattr(self, name) != "auto" and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if self.warmup_steps < 0:
-            raise ValueError(f"`warmup_steps` must not be negative, got {self.warmup_steps}.")
+        if self.start_step < 0:
+            raise ValueError(f"`start_step` must not be negative, got {self.start_step}.")
         for name in ("upper_learning_rate", "auxiliary_learning_rate"):
             if getattr(self, name) != "auto" and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` must be positive and finite, got {getattr(self, name)}.")
@@ -341,7 +345,7 @@ class BrosMixin(BilevelMixin):
     def _warn_about_ignored_settings(self) -> None:
         config, ignored = self.bilevel_config, {}
         if not self._learns():
-            learning = ("weight_function", "estimator", "hessian_action", "update_every", "warmup_steps", "damping")
+            learning = ("weight_function", "estimator", "hessian_action", "update_every", "start_step", "damping")
             learning += ("upper_learning_rate", "normalise_hypergradient", "moving_average", "auxiliary_learning_rate")
             learning += ("auxiliary_dtype", "auxiliary_device", "target_batch_size")
             ignored |= dict.fromkeys(learning, "`upper_variable='fixed'`")
@@ -409,7 +413,9 @@ class BrosMixin(BilevelMixin):
                 self._table = torch.full((num_pool,), torch.nan, device=device)
             elif self._given_weights is not None:
                 ids, weights = self._ids_and_weights()
-                self._table = torch.ones(num_pool).index_put((ids.cpu(),), weights.float().cpu()).to(device)
+                self._table = (
+                    torch.ones(num_pool, dtype=torch.float32).index_put((ids.cpu(),), weights.float().cpu()).to(device)
+                )
 
     # The optimizer --------------------------------------------------------------------------------------------------
 
@@ -486,7 +492,7 @@ class BrosMixin(BilevelMixin):
             )
 
     def _updates(self) -> bool:
-        since = self.state.global_step - self.bilevel_config.warmup_steps
+        since = self.state.global_step - self.bilevel_config.start_step
         return self._learns() and since >= 0 and since % self.bilevel_config.update_every == 0
 
     def training_step(
@@ -586,7 +592,7 @@ class BrosMixin(BilevelMixin):
         hypergradient = [parameter.grad for parameter in self.upper.parameters()]
         self._average_over_ranks(hypergradient)
         norm = torch.nn.utils.get_total_norm(hypergradient)
-        self._broken |= ~norm.isfinite()
+        self._broken |= ~(norm + torch.nn.utils.get_total_norm([*hessian, *upper_gradient])).isfinite()
         # Both use the other as it was before: what moves first does not matter.
         self.upper_step.step(hypergradient, schedule=self._schedule())
         if isinstance(self.upper, WeightTable):
@@ -705,7 +711,7 @@ class BrosMixin(BilevelMixin):
                 f"curvature seen: {float(self.auxiliary.curvature):.3g}; learning rate of the model: "
                 f"{self._get_learning_rate():.3g}. If the norm or the curvature is huge, raise `damping` (now "
                 f"{self.bilevel_config.damping}); if the training loss is not finite either, lower `learning_rate` or look "
-                "for broken samples."
+                "for broken samples in both datasets."
             )
 
     def _merged_table(self) -> Tensor:

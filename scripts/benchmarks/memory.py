@@ -134,14 +134,17 @@ def make_data(name: str, num_rows: int) -> list[dict]:
     return [{"pixel_values": torch.randn(3, 32, 32), "labels": i % 100} for i in range(num_rows)]
 
 
-def bros_config(arm: str) -> BrosConfig:
+def bros_config(arm: str, model: nn.Module) -> BrosConfig:
     """Settings of an arm of ``BrosTrainer``."""
     if arm == "masoba":
         return BrosConfig(rank="full", hessian_action="double_backward")
     if arm == "bros_full":
         return BrosConfig(rank="full")
     if arm.startswith("bros_rank"):
-        return BrosConfig(rank=arm.removeprefix("bros_rank"))
+        rank = int(arm.removeprefix("bros_rank"))
+        # A patch has 48 numbers, so its embedding cannot have a larger rank.
+        wide = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "." in n] if rank > 48 else None
+        return BrosConfig(rank=str(rank), modules=wide)
     return BrosConfig(rank="48", estimator=arm.removeprefix("bros_"))
 
 
@@ -162,7 +165,7 @@ def train(arm: str, model: nn.Module, data: list[dict], batch_size: int, device:
             disable_tqdm=True,
             use_cpu=device == "cpu",
         )
-        ours = {} if arm == "adamw" else {"target_dataset": data, "bilevel_config": bros_config(arm)}
+        ours = {} if arm == "adamw" else {"target_dataset": data, "bilevel_config": bros_config(arm, model)}
         trainer = (Trainer if arm == "adamw" else BrosTrainer)(model=model, args=args, train_dataset=data, **ours)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(clock)

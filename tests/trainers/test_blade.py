@@ -648,7 +648,7 @@ def test_reference_dtype_and_device(tmp_path: Path) -> None:
 def test_warmup_is_the_plain_trainer(tmp_path: Path) -> None:
     plain = make_trainer(Trainer, "vit", tmp_path, max_steps=3)
     plain.train()
-    settings = {"selection_ratio": 0.5, "warmup_steps": 3, "reference_steps": 1}
+    settings = {"selection_ratio": 0.5, "start_step": 3, "reference_steps": 1}
     warm = make_trainer(
         BladeTrainer,
         "vit",
@@ -834,7 +834,7 @@ class RandomlyAugmented(torch.utils.data.Dataset):
         }
 
 
-@pytest.mark.parametrize("settings", [{"selection_ratio": 1.0}, {"selection_ratio": 0.5, "warmup_steps": 99}])
+@pytest.mark.parametrize("settings", [{"selection_ratio": 1.0}, {"selection_ratio": 0.5, "start_step": 99}])
 def test_reading_the_data_leaves_the_global_generators_alone(settings: dict, tmp_path: Path) -> None:
     pool = RandomlyAugmented(make_rows("vit", 32))
     runs = []
@@ -1044,7 +1044,7 @@ def test_warnings_about_ignored_settings(tmp_path: Path) -> None:
         ({"sync_steps": 1.5}, TypeError, "`sync_steps` must be int or 'auto', got 1.5 of type float"),
         ({"penalty": -1}, ValueError, "`penalty` must be finite and not negative, got -1"),
         ({"penalty": [1]}, TypeError, "`penalty` must be float or 'auto'"),
-        ({"warmup_steps": -1}, ValueError, "`warmup_steps` must not be negative"),
+        ({"start_step": -1}, ValueError, "`start_step` must not be negative"),
         ({"reference_learning_rate": 0.0}, ValueError, "`reference_learning_rate` must be positive"),
         ({"target_batch_size": 0}, ValueError, "`target_batch_size` must be at least 1"),
         ({"domain_names": "web"}, TypeError, "`domain_names` must be"),

@@ -129,8 +129,8 @@ class BruteForce:
             lower = [params[name] for name in names]
             bases = dict(zip(names, bases, strict=True))
             rate = LEARNING_RATE * (1 - step / args.max_steps)
-            updates = config.upper_variable != "fixed" and step >= config.warmup_steps
-            updates = updates and (step - config.warmup_steps) % config.update_every == 0
+            updates = config.upper_variable != "fixed" and step >= config.start_step
+            updates = updates and (step - config.start_step) % config.update_every == 0
             seed = derive_seed(args.seed, step)
             gradient, hessian, upper, hyper = {}, {}, {}, torch.zeros_like(x)
             all_counts = []
@@ -311,7 +311,7 @@ CASES = {
     "frozen rest": ("vit", {**HALF, "rest": "frozen"}, {}),
     "some modules": ("vit", {**HALF, **DOUBLE, "modules": ["q_proj", "classifier"]}, {}),
     "every second step": ("vit", {**HALF, "update_every": 2}, {"max_steps": 5}),
-    "warm-up": ("vit", {**HALF, "warmup_steps": 2}, {"max_steps": 5}),
+    "warm-up": ("vit", {**HALF, "start_step": 2}, {"max_steps": 5}),
     "automatic": ("vit", {"rank": 0.5, "moving_average": 1.0, **DOUBLE}, {"max_steps": 4}),
     "automatic, full": ("vit", {"rank": "full", **DOUBLE}, {"max_steps": 4, "gradient_accumulation_steps": 2}),
 }
@@ -652,8 +652,8 @@ ONE, THREE = [1, 0], [3, 0]
         ({}, [THREE] * 3),
         ({"rank": "full"}, [THREE] * 3),
         ({"update_every": 3}, [THREE, ONE, ONE, THREE, ONE, ONE]),
-        ({"update_every": 2, "warmup_steps": 1}, [ONE, THREE, ONE, THREE, ONE, THREE]),
-        ({"warmup_steps": 4}, [ONE, ONE, ONE, ONE, THREE, THREE]),
+        ({"update_every": 2, "start_step": 1}, [ONE, THREE, ONE, THREE, ONE, THREE]),
+        ({"start_step": 4}, [ONE, ONE, ONE, ONE, THREE, THREE]),
         ({"rank": 0.5, "estimator": "bi_probe"}, [[5, 2]] * 3),
         ({"rank": 0.5, "estimator": "two_sided"}, [[3, 2]] * 3),
         ({"hessian_action": "double_backward"}, [[2, 0]] * 3),
@@ -946,7 +946,7 @@ def saved_run(folder: Path, settings: dict[str, Any], resume: Path | None = None
         {"upper_variable": "network"},
         {"upper_variable": "domain", "domain_column": "source", "weight_function": "softmax"},
         {"auxiliary_dtype": "bfloat16", "estimator": "two_sided"},
-        {"update_every": 3, "warmup_steps": 1, "hessian_action": "double_backward"},
+        {"update_every": 3, "start_step": 1, "hessian_action": "double_backward"},
         {"upper_variable": "fixed"},
     ],
 )
@@ -1118,7 +1118,7 @@ def refused(name: str, folder: Path, message: str, settings: dict[str, Any] | No
         ({"refresh_steps": 0}, ValueError, "`refresh_steps` must be at least 1, got 0"),
         ({"refresh_steps": "often"}, TypeError, "`refresh_steps` must be int or 'auto', got 'often'"),
         ({"update_every": 0}, ValueError, "`update_every` must be at least 1, got 0"),
-        ({"warmup_steps": -1}, ValueError, "`warmup_steps` must not be negative, got -1"),
+        ({"start_step": -1}, ValueError, "`start_step` must not be negative, got -1"),
         ({"upper_learning_rate": 0.0}, ValueError, "`upper_learning_rate` must be positive and finite, got 0.0"),
         ({"upper_learning_rate": float("inf")}, ValueError, "`upper_learning_rate` must be positive and finite"),
         ({"auxiliary_learning_rate": -1.0}, ValueError, "`auxiliary_learning_rate` must be positive.*got -1.0"),
