@@ -340,7 +340,7 @@ class BilevelMixin:
         agree = torch.isclose(own.float(), judged_by.float(), rtol=0.02, atol=1e-3)
         if bool(own.isfinite()) and not agree:  # rows without labels have no loss of their own
             warnings.warn(
-                f"`{type(self.model).__name__}` reports a loss of {float(own):.4g} on its first samples and they would be "
+                f"`{type(self.model).__name__}` reports a loss of {float(own):.4g} on its first samples and would be "
                 f"{self._losses_are_for} a loss of {float(judged_by):.4g}: it weights or adds something of its own. Pass "
                 "`compute_sample_losses=`, (model, batch) -> losses of shape (n,), to say what counts.",
                 stacklevel=5,
