@@ -1,6 +1,7 @@
 """BROS: learn a weight for every training sample, by single-loop bilevel optimisation in random subspaces."""
 
 import math
+import sys
 import warnings
 from collections import deque
 from dataclasses import dataclass, field
@@ -73,7 +74,7 @@ class BrosConfig(BilevelConfig):
     :math:`1 - \theta`           1 - moving_average       0.9             0.9
     :math:`\gamma`               auxiliary_learning_rate  0.01            "auto": half of the inverse of the curvature seen
     1e-4 \|w\|² in g             damping                  1e-4            0.3 of the curvature seen: the Hessian of a
-                                                                          network is indefinite, below 0.1 z diverged
+                                                                          network is indefinite; at 0.1 z grew in trials
     ===========================  =======================  ==============  ===============================================
 
     Args:
@@ -753,7 +754,8 @@ class BrosMixin(BilevelMixin):
         self._target_loader.position = rank["target_position"]
 
     def _end_training(self) -> None:
-        if self.bilevel_config.upper_variable == "network" and self.blocks is not None:
+        # Not when training failed: the other processes may not come here, and waiting for them would hang.
+        if self.bilevel_config.upper_variable == "network" and sys.exc_info()[0] is None:
             self._table = self._merged_table()
 
     def _bilevel_metrics(self) -> dict[str, float]:
