@@ -308,8 +308,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     for file in [] if options.update is None else options.update or [options.output]:
         measured = {name_of(row) for row in rows}
         old = json.loads(Path(file).read_text(encoding="utf-8"))
-        kept = [{"part": "scoring", "date": old["date"], **row} for row in old["rows"]]
-        rows = [row for row in kept if name_of(row) not in measured] + rows
+        rows = [row for row in old["rows"] if name_of(row) not in measured] + rows
     order = [("scoring", "smollm2"), *(("training", model) for model in TRAINING)]
     rows.sort(key=lambda row: (order.index((row["part"], row["model"])), row["device"], row["seed"]))
     summary = summarise(rows)
