@@ -97,7 +97,6 @@ class LowerBlocks:
             type(layer) is nn.Linear and "forward" not in vars(layer) and not layer._forward_hooks
             for layer in self._layers
         ]
-        self.computed: set[str] = set()  # linear layers in subspaces that have computed something so far
 
     def _new_leaf(self, name: str, parameter: Tensor) -> Tensor:
         rows, dim = parameter.flatten(1).shape
@@ -211,7 +210,6 @@ class LowerBlocks:
             module._parameters[name] = weight
 
     def _subspace_linear(self, i: int, along: Tensor | None, step: Tensor | None, inputs: Tensor) -> Tensor:
-        self.computed.add(self.names[i])
         weight = self.parameters[i].detach()
         return _SubspaceLinear.apply(inputs, weight, self._layers[i].bias, self.leaves[i], self.bases[i], along, step)
 

@@ -29,9 +29,9 @@ class Auxiliary:
     Without a learning rate, :math:`\gamma_0 = 1/(2(\hat L + \delta))`, where :math:`\hat L` is the largest
     :math:`\lVert\hat h\rVert/\lVert z\rVert` of recent steps: a z that is about to diverge aligns with the largest
     curvature and so lowers its own step. That keeps z bounded and its step as long as it may be; z then settles only up to
-    an oscillation along the largest curvature (on a ridge problem with :math:`\delta = 0.3\hat L` 16 % of the
-    hypergradient at one step, 1 % of its moving average). A learning rate below :math:`2/(L + \delta)` converges exactly.
-    A network's Hessian has negative curvature, along which z would grow without end; the damping must exceed it.
+    an oscillation along the largest curvature, which the moving average of the hypergradient damps. A learning rate below
+    :math:`2/(L + \delta)` converges exactly. A network's Hessian has negative curvature, along which z would grow without
+    end; the damping must exceed it.
 
     Args:
         blocks: One tensor for each block of y; copied shapes, zeros to begin with.

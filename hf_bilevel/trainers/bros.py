@@ -79,7 +79,7 @@ class BrosConfig(BilevelConfig):
 
     Args:
         upper_variable: ``"table"``: a logit for every sample; ``"network"``: a small network from a sample's loss to its
-            weight (Meta-Weight-Net), also for streams; ``"domain"``: a logit for every domain; ``"fixed"``: nothing is
+            weight (Meta-Weight-Net), also for streams, see the warning of ``BrosTrainer``; ``"domain"``: a logit for every domain; ``"fixed"``: nothing is
             learned, and samples are weighted by the ``sample_weights`` given to the trainer. Without them and with
             ``rank="full"`` the run is the plain Trainer's, bit for bit.
         weight_function: From logits to weights, for table and domain: ``"sigmoid"``, free of each other in (0, 1);
@@ -557,8 +557,7 @@ class BrosMixin(BilevelMixin):
 
     def _upper_gradient(self) -> list[Tensor]:
         # Of the model as it trains, with dropout and statistics of the batch. In evaluation mode it would be the gradient of
-        # another function than the one whose Hessian is inverted: with batch normalisation the hypergradients of one batch
-        # then told wrong labels from right ones with an area under the ROC curve of 0.69 instead of 0.79.
+        # another function than the one whose Hessian is inverted, and with batch normalisation a clearly worse one.
         batch = self._prepare_inputs(self._target_loader.draw())
 
         def compute() -> tuple[Tensor, Tensor]:
@@ -836,8 +835,9 @@ class BrosTrainer(BrosMixin, Trainer):
 
     Use it when the pool has wrong labels, corrupted or unbalanced samples, and to find them: ``suspicious_samples()``. It
     needs visits: a sample's weight moves only when the sample is drawn, so give it at least ten epochs, or use
-    ``upper_variable="network"`` or ``"domain"``, which share what they learn. Do not expect a gain on a pool that is clean
-    and on target.
+    ``upper_variable="domain"``. ``upper_variable="network"`` shares what it learns over all samples and is not proven: trained
+    from scratch on noisy labels its weights ran to 1 in the first steps and stayed there, so look at them. Do not expect a
+    gain on a pool that is clean and on target.
 
     Change ``Trainer`` to ``BrosTrainer`` and pass ``target_dataset``. The model is trained in random subspaces: optimizer
     state, gradients and, for linear layers, stored activations shrink with ``rank``, and the auxiliary variable, one tensor
