@@ -5,6 +5,7 @@ from hf_bilevel.losses import UnitLosses, unit_losses
 from hf_bilevel.subset import SelectedSubset
 from hf_bilevel.trainers.blade import BladeConfig, BladeMixin, BladeTrainer
 from hf_bilevel.trainers.bros import BrosConfig, BrosMixin, BrosTrainer, SampleWeights
+from hf_bilevel.trainers.mixture import MixtureConfig, MixtureMixin, MixtureTrainer
 
 __all__ = [
     "BladeConfig",
@@ -14,6 +15,9 @@ __all__ = [
     "BrosMixin",
     "BrosTrainer",
     "DataCollatorWithOrigin",
+    "MixtureConfig",
+    "MixtureMixin",
+    "MixtureTrainer",
     "SampleWeights",
     "SelectedSubset",
     "UnitLosses",

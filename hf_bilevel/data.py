@@ -44,7 +44,8 @@ class _Numbered:
     domain_id: int | None
 
 
-def _number(item: Any, sample_id: int, domain_id: int | None) -> Any:
+def number_item(item: Any, sample_id: int, domain_id: int | None) -> Any:
+    """Give an item its ids, for ``DataCollatorWithOrigin`` to take off again."""
     if not isinstance(item, dict):
         return _Numbered(item, sample_id, domain_id)
     ids = {SAMPLE_ID: sample_id} if domain_id is None else {SAMPLE_ID: sample_id, DOMAIN_ID: domain_id}
@@ -71,12 +72,12 @@ class NumberedDataset(Dataset):
 
     def __getitem__(self, index: int) -> Any:
         index = int(index)
-        return _number(self.dataset[index], index, self._domain_id(index))
+        return number_item(self.dataset[index], index, self._domain_id(index))
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """Return several items, read in one call where the dataset can."""
         items = fetch(self.dataset, indices)
-        return [_number(item, int(i), self._domain_id(i)) for item, i in zip(items, indices, strict=True)]
+        return [number_item(item, int(i), self._domain_id(i)) for item, i in zip(items, indices, strict=True)]
 
 
 class NumberedStream(IterableDataset):
@@ -123,7 +124,7 @@ class NumberedStream(IterableDataset):
                 if self._index is not None and domain not in self._index:
                     raise ValueError(f"`domain_names` {sorted(self._index)} does not list the domain {domain!r}.")
                 domain_id = int(domain) if self._index is None else self._index[domain]
-            yield _number(item, first + i * step, domain_id)
+            yield number_item(item, first + i * step, domain_id)
 
 
 class DataCollatorWithOrigin:

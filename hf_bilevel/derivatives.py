@@ -318,12 +318,12 @@ class FiniteDifferences:
         """Return the restricted H[D]; the first call also sets ``gradient`` and ``losses``."""
         step = self._step(direction)
         if self._before is None:
-            self._before = _random_state(self.blocks.parameters[0].device)
+            self._before = random_state(self.blocks.parameters[0].device)
             plus, plus_losses = self._evaluate(direction, step)
         else:
-            with _replayed(self.blocks.model, self._before):
+            with replayed(self.blocks.model, self._before):
                 plus, plus_losses = self._evaluate(direction, step)
-        with _replayed(self.blocks.model, self._before):
+        with replayed(self.blocks.model, self._before):
             minus, minus_losses = self._evaluate(direction, -step)
         self._seen = (direction, (plus_losses - minus_losses) / (2 * step))
         # In place, block by block: full-space blocks may be large.
@@ -345,10 +345,10 @@ class FiniteDifferences:
         """Return the derivative of every sample's loss along a direction, ``(n,)``."""
         if self._seen is not None and self._seen[0] is direction:
             return self._seen[1]
-        before = self._before if self._before is not None else _random_state(self.blocks.parameters[0].device)
+        before = self._before if self._before is not None else random_state(self.blocks.parameters[0].device)
         step, losses = self._step(direction), []
         for signed in (step, -step):
-            with _replayed(self.blocks.model, before), self.blocks.shifted(direction, signed):
+            with replayed(self.blocks.model, before), self.blocks.shifted(direction, signed):
                 losses.append(self.compute()[0])
         return (losses[0] - losses[1]) / (2 * step)
 
@@ -438,13 +438,14 @@ def preserved_buffers(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-def _random_state(device: torch.device) -> tuple[torch.device, Tensor, Tensor | None]:
+def random_state(device: torch.device) -> tuple[torch.device, Tensor, Tensor | None]:
+    """Return the state of the global generators, for ``replayed``."""
     own = None if device.type in ("cpu", "meta") else torch.get_device_module(device).get_rng_state(device)
     return device, torch.get_rng_state(), own
 
 
 @contextmanager
-def _replayed(model: nn.Module, state: tuple[torch.device, Tensor, Tensor | None]) -> Iterator[None]:
+def replayed(model: nn.Module, state: tuple[torch.device, Tensor, Tensor | None]) -> Iterator[None]:
     """Repeat the randomness since a state, and keep the model's buffers as they are."""
     device, cpu, own = state
     torch.set_rng_state(cpu)

@@ -213,6 +213,26 @@ def per_sample(tokens: UnitLosses) -> UnitLosses:
     return UnitLosses((tokens.losses * tokens.counts).sum(1) / counts.clamp(min=1), counts)
 
 
+def sample_losses_from_logits(model: nn.Module, logits: Tensor, batch: Mapping[str, Any]) -> UnitLosses:
+    """Compute the loss of every sample from logits that are at hand.
+
+    Args:
+        model: A model with a known head, which made the logits.
+        logits: As the model returns them.
+        batch: The batch they were made from, with labels.
+
+    Returns:
+        Losses and counts, ``(n,)``.
+
+    Raises:
+        ValueError: If logits and labels do not fit together.
+    """
+    head = find_head(model)
+    if head in TOKEN_HEADS:
+        return per_sample(token_losses_from_logits(head, logits, batch))
+    return _classification_losses(unwrap(model).config, logits, batch["labels"], 0.0)
+
+
 def unit_losses(
     model: nn.Module,
     batch: Mapping[str, Any],

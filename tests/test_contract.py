@@ -14,7 +14,7 @@ import torch
 from tiny import MODELS, make_dataset, make_model, make_trainer, parameters_of
 from transformers import Trainer, TrainerCallback, set_seed
 
-from hf_bilevel import BladeTrainer, BrosTrainer
+from hf_bilevel import BladeTrainer, BrosTrainer, MixtureTrainer
 
 
 class Method(NamedTuple):
@@ -35,6 +35,12 @@ METHODS = {
         off={"upper_variable": "fixed", "rank": "full"},
         on={"rank": 0.5, "refresh_steps": 2, "estimator": "bi_probe"},
         stream={"upper_variable": "network"},
+    ),
+    "mixture": Method(
+        MixtureTrainer,
+        off={"mixture": "proportional"},
+        on={"domain_column": "source", "inner_steps": 3, "reference_steps": 2},
+        stream={"realisation": "weight", "domain_names": ["books", "code", "web"]},
     ),
 }
 
@@ -252,6 +258,7 @@ def test_hyperparameter_search(method: str, name: str, tmp_path: Path) -> None:
     assert best.objective > 0
 
 
+@pytest.mark.filterwarnings("ignore:`train_sampling_strategy='group_by_length'` is ignored")
 def test_workers_and_sampling_by_length(method: str, name: str, tmp_path: Path) -> None:
     settings = {"dataloader_num_workers": 2, "max_steps": 3}
     if name != "vit":

@@ -195,14 +195,13 @@ class BilevelMixin:
         if self._is_off() or self.train_dataset is None:
             return super().get_train_dataloader()
         dataset, collator = self.train_dataset, self.data_collator
-        config = self.bilevel_config
         if isinstance(dataset, datasets.Dataset):
             columns_kept = self._remove_unused_columns(dataset, description="training")
             self.train_dataset = NumberedDataset(columns_kept, self._domain_ids)
         else:
             collator = self._get_collator_with_removed_columns(collator, description="training")
             if self._is_stream:
-                self.train_dataset = NumberedStream(dataset, config.domain_column, config.domain_names)
+                self.train_dataset = self._numbered_stream(dataset)
             else:
                 self.train_dataset = NumberedDataset(dataset, self._domain_ids)
         # Swapped for this call only: evaluation and the parent's own checks must see the user's objects.
@@ -213,6 +212,9 @@ class BilevelMixin:
             return super().get_train_dataloader()
         finally:
             self.train_dataset, self.data_collator = user_dataset, user_collator
+
+    def _numbered_stream(self, stream: Any) -> torch.utils.data.IterableDataset:
+        return NumberedStream(stream, self.bilevel_config.domain_column, self.bilevel_config.domain_names)
 
     def _get_collator_with_removed_columns(self, data_collator: Callable, description: str | None = None) -> Callable:
         if isinstance(data_collator, DataCollatorWithOrigin):

@@ -340,13 +340,19 @@ class ReferenceMixin(BilevelMixin):
         given = self.bilevel_config.reference_learning_rate
         return self.args.learning_rate if given is None else given
 
-    def _train_reference(self, num_steps: int, losses: Callable[[nn.Module, int], Iterator[Tensor]]) -> Tensor:
+    def _train_reference(
+        self,
+        num_steps: int,
+        losses: Callable[[nn.Module, int], Iterator[Tensor]],
+        before_step: Callable[[torch.optim.Optimizer, int], None] | None = None,
+    ) -> Tensor:
         """Take optimizer steps on the reference with a fresh optimizer.
 
         Args:
             num_steps: Number of steps.
             losses: From the reference's module and the index of the step to the terms of the loss to minimise. The
                 gradient of each is computed before the next is asked for, so their activations never live together.
+            before_step: Called with the optimizer and the index of the step before each step.
 
         Returns:
             The loss of every step, ``(num_steps,)``, on the device: no host sync.
@@ -370,6 +376,8 @@ class ReferenceMixin(BilevelMixin):
                         break
                     term.backward()
                     total = total + term.detach()
+                if before_step is not None:
+                    before_step(optimizer, k)
                 self._step_reference(reference, optimizer)
                 totals.append(total)
         if self._pool_loader is not None:
@@ -377,15 +385,20 @@ class ReferenceMixin(BilevelMixin):
         return torch.stack(totals)
 
     def _reference_optimizer(self, reference: nn.Module) -> torch.optim.Optimizer:
-        """Build a fresh optimizer as the Trainer (or a subclass of it) builds its own."""
+        """Build an optimizer for the reference."""
+        optimizer = self._fresh_optimizer(reference)
+        if self.bilevel_config.reference_learning_rate is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = self.bilevel_config.reference_learning_rate
+        return optimizer
+
+    def _fresh_optimizer(self, reference: nn.Module) -> torch.optim.Optimizer:
+        """Build an optimizer as the Trainer (or a subclass of it) builds its own."""
         own, self.optimizer = self.optimizer, None
         try:
             optimizer = self.create_optimizer(reference)
         finally:
             self.optimizer = own
-        if self.bilevel_config.reference_learning_rate is not None:
-            for group in optimizer.param_groups:
-                group["lr"] = self.bilevel_config.reference_learning_rate
         if callable(getattr(optimizer, "train", None)):  # schedule-free optimizers
             optimizer.train()
         return optimizer

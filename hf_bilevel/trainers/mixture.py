@@ -1,0 +1,1089 @@
+"""Learn domain weights in one run, with as many steps between two updates as the budget asks for."""
+
+import copy
+import json
+import math
+import os
+import warnings
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import datasets
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Sampler
+from transformers import Trainer
+
+from hf_bilevel.core.mixture import (
+    DomainWeights,
+    adjoint_step,
+    domain_means,
+    optimal_inner_steps,
+    weight_learning_rate,
+)
+from hf_bilevel.core.weights import loss_coefficients
+from hf_bilevel.data import (
+    SAMPLE_ID,
+    DataCollatorWithOrigin,
+    NumberedDataset,
+    Origin,
+    derive_seed,
+    fetch,
+    plain_copy,
+    pop_origin,
+    private_randomness,
+    read_domains,
+)
+from hf_bilevel.derivatives import (
+    RELATIVE_STEP,
+    FiniteDifferences,
+    LowerBlocks,
+    gradient_at_weights,
+    preserved_buffers,
+    random_state,
+    replayed,
+)
+from hf_bilevel.losses import TOKEN_HEADS, evaluating, find_head, sample_losses_from_logits, unsupported_head
+from hf_bilevel.mixing import MixtureDraws, MixtureSampler, MixtureStream, NumberedMixtureStream, stratified_rows
+from hf_bilevel.plots import domain_weights_over_time
+from hf_bilevel.trainers.config import BilevelConfig
+from hf_bilevel.trainers.reference import ReferenceMixin
+
+MIXTURE_NAME = "mixture.json"
+
+_UPDATE, _DRAWS, _PROBE, _TARGET = range(10, 14)  # tell seeds apart
+
+
+@dataclass
+class MixtureConfig(BilevelConfig):
+    r"""Settings of MixtureTrainer (arXiv 2602.19510, and TANDEM, arXiv 2606.04401, for the penalised hypergradient).
+
+    ==============  ====================  ==============================  ==============================================
+    paper           argument              published                       our default and why
+    ==============  ====================  ==============================  ==============================================
+    T               inner_steps           :math:`\sqrt{N \log N}`         "auto": that, with N the steps of the run
+    K               reference_steps       5 (TANDEM)                      "auto": T / 10, which keeps the overhead near 20 %
+    :math:`\lambda` penalty               not published                   1
+    :math:`\alpha`  weight_learning_rate  per experiment                  "auto": by mirror descent theory for N / T updates
+    ==============  ====================  ==============================  ==============================================
+
+    Args:
+        mixture: ``"learned"``, or a control: ``"uniform"``, the same share for every domain, in every optimizer step, or
+            ``"proportional"``, the plain Trainer, bit for bit. A trainer that is given a ``mixture`` keeps that.
+        hypergradient: ``"penalty"``: a twin of the model takes K steps on the same training batches and, besides, on the
+            target dataset; a domain whose loss is lower for the twin deserves more weight. ``"alignment"``: scalar product
+            of the target gradient with each domain's, which looks one step ahead (as DoGE). ``"unrolled"``: exact, through
+            all T steps, for plain SGD on small models.
+        realisation: ``"draw"``: domains are drawn by their weights, with exact shares in every optimizer step;
+            ``"weight"``: the stream is left alone, and the losses of domain j are multiplied by its weight over its share.
+        inner_steps: T, optimizer steps between two updates of the weights, or "auto" (1 for alignment).
+        reference_steps: K, the last of these T steps, which the twin repeats, or "auto".
+        penalty: :math:`\lambda`: the twin minimises the training loss plus the target loss over :math:`\lambda`. The larger,
+            the closer to the derivative.
+        update_rule: ``"mirror"`` (exponentiated gradient) or ``"projected"``.
+        weight_learning_rate: Learning rate of the weights, for hypergradients scaled to norm 1, or "auto".
+        smoothing: Share of the uniform mixture that is mixed in after every update, in [0, 1].
+        min_weight: Smallest weight of a domain, in [0, 1 / number of domains].
+        initial_weights: ``"uniform"`` or ``"proportional"`` (to the domains' sizes).
+        probe_batches: Training batches' worth of rows on which the domains' losses are measured at an update, spread evenly
+            over the domains.
+        reference_dtype: ``"float32"``, ``"bfloat16"`` or ``"auto"`` (the model's): dtype of the twin while it is not trained.
+        reference_device: ``"auto"`` (beside the model) or ``"cpu"``: where the twin waits between uses.
+        target_batch_size: See ``BilevelConfig``.
+        domain_column: See ``BilevelConfig``; not needed for a dict of datasets.
+        domain_names: See ``BilevelConfig``.
+
+    Raises:
+        ValueError: If a value is out of range.
+        TypeError: If a value has another type than declared.
+
+    Example:
+        >>> MixtureConfig(domain_column="source", inner_steps="50").inner_steps
+        50
+        >>> MixtureConfig(realisation="sample")
+        Traceback (most recent call last):
+        ValueError: `realisation` must be one of draw, weight; got 'sample'.
+    """
+
+    mixture: str = field(default="learned", metadata={"help": "learned, or a fixed control: uniform or proportional."})
+    hypergradient: str = field(
+        default="penalty", metadata={"help": "How weights are judged: penalty, alignment or unrolled."}
+    )
+    realisation: str = field(
+        default="draw", metadata={"help": "draw: samples by domain weights; weight: multiply losses instead."}
+    )
+    inner_steps: str = field(
+        default="auto", metadata={"help": "Optimizer steps between updates of the weights (T), or auto."}
+    )
+    reference_steps: str = field(
+        default="auto", metadata={"help": "Steps of the twin before an update (K), or auto for T / 10."}
+    )
+    penalty: float = field(default=1.0, metadata={"help": "Training loss over target loss in the twin's objective."})
+    update_rule: str = field(default="mirror", metadata={"help": "Step of the weights: mirror or projected."})
+    weight_learning_rate: str = field(
+        default="auto", metadata={"help": "Learning rate of the weights for hypergradients of norm 1, or auto."}
+    )
+    smoothing: float = field(default=0.0, metadata={"help": "Share of the uniform mixture mixed in at updates."})
+    min_weight: float = field(default=0.0, metadata={"help": "Smallest weight of a domain."})
+    initial_weights: str = field(default="uniform", metadata={"help": "First weights: uniform or proportional."})
+    probe_batches: int = field(
+        default=4, metadata={"help": "Training batches' worth of rows to measure the domains' losses on."}
+    )
+    reference_dtype: str = field(
+        default="auto", metadata={"help": "Dtype of a copied twin at rest: auto, float32 or bfloat16."}
+    )
+    reference_device: str = field(
+        default="auto", metadata={"help": "Where a copied twin waits between uses: auto or cpu."}
+    )
+
+    _numbers_or_words: ClassVar[dict[str, tuple[type, str]]] = {
+        "inner_steps": (int, "auto"),
+        "reference_steps": (int, "auto"),
+        "weight_learning_rate": (float, "auto"),
+    }
+    _choices: ClassVar[dict[str, tuple[str, ...]]] = {
+        "mixture": ("learned", "proportional", "uniform"),
+        "hypergradient": ("alignment", "penalty", "unrolled"),
+        "realisation": ("draw", "weight"),
+        "update_rule": ("mirror", "projected"),
+        "initial_weights": ("proportional", "uniform"),
+        "reference_dtype": ("auto", "bfloat16", "float32"),
+        "reference_device": ("auto", "cpu"),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("inner_steps", "reference_steps"):
+            if getattr(self, name) != "auto" and getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1 or 'auto', got {getattr(self, name)}.")
+        if "auto" not in (self.inner_steps, self.reference_steps) and self.reference_steps > self.inner_steps:
+            raise ValueError(
+                f"`reference_steps` ({self.reference_steps}) repeats the last of the `inner_steps` ({self.inner_steps}), so it "
+                "must not be larger."
+            )
+        if self.weight_learning_rate != "auto" and not 0 < self.weight_learning_rate < math.inf:
+            raise ValueError(f"`weight_learning_rate` must be positive and finite, got {self.weight_learning_rate}.")
+        if not 0 < self.penalty < math.inf:
+            raise ValueError(f"`penalty` must be positive and finite, got {self.penalty}.")
+        if not 0 <= self.smoothing <= 1:
+            raise ValueError(f"`smoothing` must be in [0, 1], got {self.smoothing}.")
+        if not 0 <= self.min_weight < 1:
+            raise ValueError(f"`min_weight` must be in [0, 1 / number of domains], got {self.min_weight}.")
+        if self.probe_batches < 1:
+            raise ValueError(f"`probe_batches` must be at least 1, got {self.probe_batches}.")
+
+
+class MixtureMixin(ReferenceMixin):
+    """Learned domain weights for ``Trainer`` and its subclasses; see ``MixtureTrainer``.
+
+    With ``realisation="draw"`` the training loss is whatever the class behind this one computes. ``"weight"`` weights the losses
+    of single samples, so a subclass that overrides ``compute_loss`` is refused without ``compute_sample_losses``.
+    """
+
+    method = "mixture"
+    config_class = MixtureConfig
+    _losses_are_for = "weighted by"
+
+    def __init__(
+        self,
+        *args: Any,
+        train_dataset: Any = None,
+        mixture: Mapping[str, float] | str | os.PathLike | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._pending: deque[Origin] = deque()  # of the micro-batches of this step that are still to come
+        self._given_mixture = None if mixture is None else _read_mixture(mixture)
+        self._joined: tuple[Tensor | None, list[str]] | None = None
+        self._shares: Tensor | None = None  # of the domains in the pool, (M,), float64
+        self._equals_pool = False
+        self._draws: MixtureDraws | None = None
+        self._domains: DomainWeights | None = None
+        self._twin: dict[str, Any] | None = None  # what the twin will repeat
+        self._tape: list[dict[str, Any]] = []  # what is unrolled
+        if isinstance(train_dataset, Mapping):
+            train_dataset, self._joined = _join(train_dataset)
+        super().__init__(*args, train_dataset=train_dataset, **kwargs)
+
+    # Setup ----------------------------------------------------------------------------------------------------------
+
+    def _is_off(self) -> bool:
+        return self._given_mixture is None and self.bilevel_config.mixture == "proportional" or self._equals_pool
+
+    def _learns(self) -> bool:
+        return self._given_mixture is None and self.bilevel_config.mixture == "learned"
+
+    def _weights_losses(self) -> bool:
+        return self.bilevel_config.realisation == "weight"
+
+    @property
+    def granularity(self) -> str:
+        """Domains are sets of samples."""
+        return "sample"
+
+    @property
+    def inner_steps(self) -> int:
+        """T with "auto" resolved; known once training has begun."""
+        config = self.bilevel_config
+        if config.inner_steps != "auto":
+            return config.inner_steps
+        if config.hypergradient == "alignment":
+            return 1
+        steps = optimal_inner_steps(max(1, self.state.max_steps))
+        return steps if config.reference_steps == "auto" else max(steps, config.reference_steps)
+
+    @property
+    def reference_steps(self) -> int:
+        """K with "auto" resolved; known once training has begun."""
+        given = self.bilevel_config.reference_steps
+        return max(1, self.inner_steps // 10) if given == "auto" else given
+
+    def _check_bilevel_setup(self) -> None:
+        if self._is_off():
+            return  # the plain Trainer, wherever that runs
+        super()._check_bilevel_setup()
+        config, name = self.bilevel_config, type(self).__name__
+        if config.domain_column is None and self._joined is None and self.train_dataset is not None:
+            raise ValueError(
+                f"{name} needs to know the domains: set `domain_column`, the column of `train_dataset` that names each sample's "
+                "domain, or pass `train_dataset` as a dict from domain names to datasets."
+            )
+        mixed = isinstance(self.train_dataset, MixtureStream)
+        if self._is_stream and not mixed and not self._weights_losses():
+            raise ValueError(
+                "`train_dataset` is one stream, of which domains cannot be drawn. Pass a dict from domain names to streams, or "
+                "use `realisation='weight'`."
+            )
+        if self._is_stream and not mixed and config.domain_names is None:
+            raise ValueError("A stream cannot be searched for its domains. Set `domain_names`.")
+        if mixed and self.args.dataloader_num_workers > 0:
+            raise ValueError(
+                "A dict of streams is drawn from in the main process: the workers' copies would not learn of new weights. Set "
+                "`dataloader_num_workers=0`."
+            )
+        if self._weights_losses() or self._learns():
+            self._check_head()
+        if self._learns():
+            self._check_learning()
+        self._warn_about_ignored_settings()
+
+    def _check_head(self) -> None:
+        if self.compute_sample_losses is not None:
+            return
+        if find_head(self.model) is None:
+            raise ValueError(unsupported_head(self.model, "sample"))
+        owner = next(
+            parent for parent in type(self).__mro__ if "compute_loss" in vars(parent) and parent is not MixtureMixin
+        )
+        if self._weights_losses() and (owner is not Trainer or self.compute_loss_func is not None):
+            given = "`compute_loss_func`" if owner is Trainer else f"`{owner.__name__}.compute_loss`"
+            raise ValueError(
+                f"`realisation='weight'` weights the losses of single samples, so {given} would not be called. Use "
+                "`realisation='draw'`, or pass `compute_sample_losses=`, (model, batch) -> losses of shape (n,)."
+            )
+
+    def _check_learning(self) -> None:
+        config = self.bilevel_config
+        self._check_target_dataset()
+        if config.hypergradient == "penalty":
+            self._check_reference("dynamic")
+        elif self.reference_model is not None:
+            warnings.warn(f"`reference_model` is ignored by {type(self).__name__}.", stacklevel=5)
+        if config.hypergradient == "unrolled":
+            self._check_unrolled()
+        self._check_losses(self.target_dataset)
+
+    def _check_unrolled(self) -> None:
+        plain = self.args.optim == "sgd" if self.optimizer is None else type(self.optimizer) is torch.optim.SGD
+        if not plain or self.args.optim_args and "momentum" in self.args.optim_args:
+            raise ValueError(
+                "`hypergradient='unrolled'` differentiates through the optimizer's steps, which it can for SGD without momentum "
+                f"only. Set `optim='sgd'` (now {self.args.optim!r}), or use `hypergradient='penalty'`."
+            )
+        if self.args.max_grad_norm:
+            raise ValueError(
+                f"`hypergradient='unrolled'` does not differentiate through clipping, and `max_grad_norm` is "
+                f"{self.args.max_grad_norm}. Set it to 0, or use `hypergradient='penalty'`."
+            )
+        if self.args.world_size > 1 or self.args.bf16 or self.args.fp16 or self.args.activation_checkpointing:
+            raise ValueError(
+                "`hypergradient='unrolled'` runs in one process, in full precision and without activation checkpointing. Use "
+                "`hypergradient='penalty'`."
+            )
+
+    def _warn_about_ignored_settings(self) -> None:
+        config, defaults = self.bilevel_config, MixtureConfig()
+        ignored: dict[str, str] = {}
+        learning = ("hypergradient", "inner_steps", "update_rule", "weight_learning_rate", "smoothing", "min_weight")
+        learning += ("initial_weights", "probe_batches")
+        twin = ("reference_steps", "penalty", "reference_dtype", "reference_device")
+        if self._given_mixture is not None:
+            ignored |= dict.fromkeys((*learning, *twin, "mixture"), "a given `mixture`")
+        elif not self._learns():
+            ignored |= dict.fromkeys((*learning, *twin), f"`mixture={config.mixture!r}`")
+        elif config.hypergradient != "penalty":
+            ignored |= dict.fromkeys(twin, f"`hypergradient={config.hypergradient!r}`")
+            if config.hypergradient == "unrolled":
+                ignored["probe_batches"] = "`hypergradient='unrolled'`"
+        for name, reason in ignored.items():
+            if getattr(config, name) != getattr(defaults, name):
+                warnings.warn(f"`{name}` is ignored with {reason}.", stacklevel=6)
+        if not self._weights_losses() and self.args.train_sampling_strategy != "random":
+            warnings.warn(
+                f"`train_sampling_strategy={self.args.train_sampling_strategy!r}` is ignored with `realisation='draw'`.",
+                stacklevel=6,
+            )
+
+    def _prepare_pool(self) -> None:
+        self._equals_pool = False
+        super()._prepare_pool()
+        self._shares = None
+        if self.train_dataset is None or self.domain_names is None or self._is_off():
+            return
+        names, num = self.domain_names, len(self.domain_names)
+        if num < 2:
+            raise ValueError(f"There is one domain only, {names[0]!r}, so there is nothing to mix. Use Trainer.")
+        if self.bilevel_config.min_weight * num > 1:
+            raise ValueError(
+                f"`min_weight` is {self.bilevel_config.min_weight} for each of {num} domains, which sums to more than 1. It must "
+                f"not be above {1 / num:.4g}."
+            )
+        if isinstance(self.train_dataset, MixtureStream):
+            self._shares = torch.full((num,), 1 / num, dtype=torch.float64)
+            if self._learns() and self.bilevel_config.initial_weights == "proportional":
+                raise ValueError("The sizes of streams are not known. Use `initial_weights='uniform'`.")
+        elif not self._is_stream:
+            counts = torch.bincount(self._domain_ids, minlength=num)
+            if empty := [name for name, count in zip(names, counts.tolist(), strict=True) if count == 0]:
+                raise ValueError(
+                    f"`train_dataset` has no sample of the domains {empty}. Take them out of `domain_names`, or of the dict of "
+                    "datasets."
+                )
+            self._shares = counts.double() / counts.sum()
+        fixed = self._fixed_weights()
+        self._equals_pool = (
+            fixed is not None and not self._is_stream and bool(torch.isclose(fixed, self._shares, atol=1e-9).all())
+        )
+        self._rows = (
+            [(self._domain_ids == j).nonzero().flatten() for j in range(num)] if self._domain_ids is not None else None
+        )
+        self._say_which_target_domains_are_missing()
+
+    def _say_which_target_domains_are_missing(self) -> None:
+        column, target = self.bilevel_config.domain_column, self.target_dataset
+        if (
+            not self._learns()
+            or column is None
+            or not isinstance(target, datasets.Dataset)
+            or column not in target.column_names
+        ):
+            return
+        missing = sorted({str(name) for name in target.with_format(None)[column]} - set(map(str, self.domain_names)))
+        if missing:
+            warnings.warn(
+                f"`target_dataset` has samples of {missing}, which `train_dataset` lacks: the weights will favour the domains that "
+                "help there.",
+                stacklevel=5,
+            )
+
+    def _find_domains(self) -> tuple[Tensor | None, list[str] | None]:
+        return super()._find_domains() if self._joined is None else self._joined
+
+    def _fixed_weights(self) -> Tensor | None:
+        """Return weights that are not learned, ``(M,)``, or None."""
+        names = list(map(str, self.domain_names))
+        if self._given_mixture is None:
+            if self._learns():
+                return None
+            return torch.full((len(names),), 1 / len(names), dtype=torch.float64)
+        given = self._given_mixture
+        if unknown := sorted(set(given) - set(names)):
+            raise ValueError(f"`mixture` names the domains {unknown}, and `train_dataset` has {names}.")
+        if absent := sorted(set(names) - set(given)):
+            raise ValueError(
+                f"`mixture` gives no weight to the domains {absent} of `train_dataset`; write 0 to leave one out."
+            )
+        return torch.tensor([given[name] for name in names], dtype=torch.float64)
+
+    # The run --------------------------------------------------------------------------------------------------------
+
+    def _begin_training(self) -> None:
+        self._pending.clear()
+        if self._is_off():
+            return
+        config, num = self.bilevel_config, len(self.domain_names)
+        weights = self._fixed_weights()
+        if weights is None:
+            uniform = torch.full((num,), 1 / num, dtype=torch.float64)
+            weights = uniform if config.initial_weights == "uniform" or self._shares is None else self._shares
+        self._domains = DomainWeights(weights, config.update_rule, config.smoothing, config.min_weight)
+        self._trajectory: list[tuple[int, list[float]]] = [(0, weights.tolist())]
+        self._gaps: list[float] | None = None  # the last hypergradient
+        self._seen_step = -1
+        self._counted = torch.zeros(num, dtype=torch.float64)  # samples of a stream, by domain
+        window = self._candidate_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        drawn = self._shares if self._weights_losses() else weights
+        if isinstance(self.train_dataset, MixtureStream) or not self._weights_losses():
+            self._draws = MixtureDraws(drawn, window, derive_seed(self._seed, _DRAWS))
+        if isinstance(self.train_dataset, MixtureStream):
+            self.train_dataset.draws = self._draws
+        self._twin, self._tape = None, []
+        if self._learns():
+            self._begin_reference("dynamic" if config.hypergradient == "penalty" else "none")
+            if self._target_loader is None:
+                size = config.target_batch_size or self._candidate_batch_size
+                self._target_loader = self._endless_loader(self.target_dataset, size, _TARGET)
+
+    def _end_training(self) -> None:
+        super()._end_training()
+        self._tape, self._twin = [], None
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the training loader; with ``realisation="draw"`` it draws by the mixture."""
+        if not self._is_off() and self._domains is None and self.train_dataset is not None:
+            self._begin_training()
+        loader = super().get_train_dataloader()
+        self._num_batches = None if self._is_stream else len(loader)
+        return loader
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        if self._is_off() or self._weights_losses():
+            return super()._get_train_sampler(train_dataset)
+        return MixtureSampler(self._draws, self._domain_ids, self._epoch)
+
+    def _epoch(self) -> int:
+        steps = max(1, math.ceil(self._num_batches / self.args.gradient_accumulation_steps))
+        return self.state.global_step // steps
+
+    def _numbered_stream(self, stream: Any) -> IterableDataset:
+        return NumberedMixtureStream(stream) if isinstance(stream, MixtureStream) else super()._numbered_stream(stream)
+
+    def _select(self, batches: list[Any], origins: list[Origin], num_items: Any) -> tuple[list[Any], Any]:
+        """Train on all candidates; here a new optimizer step begins."""
+        step, config = self.state.global_step, self.bilevel_config
+        self._pending.clear()
+        self._pending.extend(origins)
+        if self._is_stream and self._weights_losses() and not isinstance(self.train_dataset, MixtureStream):
+            self._count(origins)
+        if not self._learns() or self._seen_step == step:
+            return batches, num_items
+        self._seen_step = step
+        inner_steps = self.inner_steps
+        if step > 0 and step % inner_steps == 0:
+            self._update(step)
+        if config.hypergradient == "unrolled":
+            self._tape.append({"weights": [p.detach().clone() for p in self._trained()], "batches": []})
+        elif config.hypergradient == "penalty":
+            if (step + self.reference_steps) % inner_steps == 0:
+                self._begin_twin()
+            if self._twin is not None:
+                self._record_for_twin(batches, origins)
+        if self._is_stream:
+            self._recent.extend(
+                {"batch": plain_copy(b), "domain_ids": o.domain_ids} for b, o in zip(batches, origins, strict=True)
+            )
+        return batches, num_items
+
+    def _count(self, origins: list[Origin]) -> None:
+        num = len(self.domain_names)
+        ids = torch.cat([origin.domain_ids.to(self.args.device) for origin in origins])
+        if int(ids.max()) >= num:
+            raise ValueError(
+                f"The stream has the domain {int(ids.max())}, and `domain_names` has only {num}: {self.domain_names}."
+            )
+        self._counted += self.accelerator.reduce(torch.bincount(ids, minlength=num)).cpu()
+        self._shares = self._counted / self._counted.sum()
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def _update(self, step: int) -> None:
+        """Judge the domains and move their weights; one host sync."""
+        judge = {"penalty": self._twin_gaps, "alignment": self._alignment, "unrolled": self._unrolled}
+        seed = derive_seed(self._seed, step, self.args.process_index, _UPDATE)
+        with private_randomness(seed, self.args.device):
+            hypergradient = judge[self.bilevel_config.hypergradient](step)
+        self._gaps = hypergradient.tolist()
+        num_updates = (self.state.max_steps - 1) // self.inner_steps
+        rate = self.bilevel_config.weight_learning_rate
+        if rate == "auto":
+            rate = weight_learning_rate(len(hypergradient), num_updates, self.bilevel_config.update_rule)
+        self._domains.step(hypergradient, rate)
+        self._trajectory.append((step, self._domains.weights.tolist()))
+        if not self._weights_losses():
+            self._draws.set_probabilities(self._domains.weights)
+
+    # Hypergradients -------------------------------------------------------------------------------------------------
+
+    def _begin_twin(self) -> None:
+        """Let the reference start where the model is now, optimizer included."""
+        self.reference.synchronise()
+        self._twin = {"optimizer": copy.deepcopy(self.optimizer.state_dict()), "steps": []}
+
+    def _record_for_twin(self, batches: list[Any], origins: list[Origin]) -> None:
+        multipliers = None
+        if self._weights_losses():
+            multipliers = [self._multipliers(origin) for origin in origins]
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._twin["steps"].append({"batches": batches, "multipliers": multipliers, "rates": rates})
+
+    def _reference_optimizer(self, reference: nn.Module) -> torch.optim.Optimizer:
+        optimizer = self._fresh_optimizer(reference)
+        # Of the optimizer itself: a loaded state is shared with what it was loaded from.
+        optimizer.load_state_dict(copy.deepcopy(self._twin["optimizer"]))
+        return optimizer
+
+    def _twin_gaps(self, step: int) -> Tensor:
+        """Train the twin on what the model was trained on and on the target dataset, and compare the domains' losses.
+
+        Args:
+            step: The current optimizer step.
+
+        Returns:
+            The hypergradient, ``(M,)``, float64, on the CPU.
+
+        Cost: K forward and backward passes on training batches and K on target batches; two forward passes on the probe.
+        """
+        if self._twin is None:  # resumed with another T
+            return torch.zeros(len(self.domain_names), dtype=torch.float64)
+        steps, penalty = self._twin["steps"], self.bilevel_config.penalty
+        probe = self._probe(step)
+        before = self._domain_losses(self.model, probe)
+
+        def objective(reference: nn.Module, k: int) -> Iterator[Tensor]:
+            batches = [self._prepare_inputs(batch) for batch in steps[k]["batches"]]
+            for i, batch in enumerate(batches):
+                units = self._losses(reference, batch)
+                multipliers = torch.ones_like(units.losses)
+                if steps[k]["multipliers"] is not None:
+                    multipliers = steps[k]["multipliers"][i].to(units.losses)
+                num_items = units.counts.sum().clamp(min=1) * len(batches)
+                coefficients = loss_coefficients(multipliers, units.counts, num_items, normalise=False)
+                yield (units.losses * coefficients).sum()
+            yield self._losses(reference, self._draw_target_batch()).mean() / penalty
+
+        def use_recorded_rates(optimizer: torch.optim.Optimizer, k: int) -> None:
+            for group, rate in zip(optimizer.param_groups, steps[k]["rates"], strict=True):
+                group["lr"] = rate
+
+        self._train_reference(len(steps), objective, use_recorded_rates)
+        with self.reference.active() as reference:
+            after = self._domain_losses(reference, probe)
+        self._twin = None
+        return penalty * self._known(after - before)
+
+    def _probe(self, step: int) -> list[tuple[Any, Tensor]]:
+        """Draw rows of every domain, as batches with the rows' domains."""
+        if self._rows is None:
+            return [(entry["batch"], entry["domain_ids"]) for entry in self._recent]
+        size = self._candidate_batch_size
+        num_each = max(1, math.ceil(self.bilevel_config.probe_batches * size / len(self._rows)))
+        seed = derive_seed(self._seed, step, self.args.process_index, _PROBE)
+        rows = stratified_rows(self._rows, num_each, seed)
+        dataset, collator = self._collator_for(self.train_dataset)
+        chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
+        return [(collator(fetch(dataset, chunk)), self._domain_ids[torch.tensor(chunk)]) for chunk in chunks]
+
+    def _domain_losses(self, model: nn.Module, probe: list[tuple[Any, Tensor]]) -> Tensor:
+        """Measure the mean loss of every domain's units, over all processes; ``(M,)``, NaN where there are none."""
+        totals = torch.zeros(2, len(self.domain_names), device=self.args.device)
+        with self._scoring(), evaluating(model):
+            for batch, domain_ids in probe:
+                units = self._losses(model, self._prepare_inputs(batch))
+                totals += self._by_domain(units.losses, units.counts, domain_ids)
+        return self._quotient(totals)
+
+    def _by_domain(self, values: Tensor, counts: Tensor, domain_ids: Tensor) -> Tensor:
+        num = len(self.domain_names)
+        return torch.stack(domain_means(values, counts, domain_ids.to(values.device), num)).to(self.args.device)
+
+    def _quotient(self, totals: Tensor) -> Tensor:
+        sums, units = self.accelerator.reduce(totals).double().cpu()
+        return sums / units
+
+    @staticmethod
+    def _known(hypergradient: Tensor) -> Tensor:
+        """Let domains of which nothing was measured stay as they are."""
+        known = ~hypergradient.isnan()
+        return torch.where(known, hypergradient, hypergradient[known].mean())
+
+    def _alignment(self, step: int) -> Tensor:
+        """Multiply the target gradient with every domain's gradient.
+
+        Args:
+            step: The current optimizer step.
+
+        Returns:
+            Minus the scalar products, ``(M,)``, float64, on the CPU.
+
+        Cost: one forward and backward pass on a target batch, two forward passes on the probe.
+        """
+        blocks = LowerBlocks(self.model, "full", None, "full")
+        dtype = torch.bfloat16 if self.args.bf16 else blocks.parameters[0].dtype
+        norm = torch.nn.utils.get_total_norm([p.detach() for p in blocks.parameters])
+        batch = self._prepare_inputs(self._target_loader.draw())
+
+        def target() -> tuple[Tensor, Tensor]:
+            with self.accelerator.autocast():
+                units = self._losses(self.model, batch)
+            return units.losses, units.counts / units.counts.sum().clamp(min=1)
+
+        totals = torch.zeros(2, len(self.domain_names), device=self.args.device)
+        with evaluating(self.model):
+            _, gradient = gradient_at_weights(blocks, target)
+            if self.args.world_size > 1:
+                gradient = [self.accelerator.reduce(part, "mean") for part in gradient]
+            for probe, domain_ids in self._probe(step):
+                inputs = self._prepare_inputs(probe)
+                counts: list[Tensor] = []
+
+                def domain_losses(inputs: Any = inputs, counts: list[Tensor] = counts) -> tuple[Tensor, Tensor]:
+                    with self.accelerator.autocast():
+                        units = self._losses(self.model, inputs)
+                    counts.append(units.counts)
+                    return units.losses, units.counts
+
+                slopes = FiniteDifferences(blocks, domain_losses, RELATIVE_STEP[dtype], norm).slopes(gradient)
+                totals += self._by_domain(slopes, counts[0], domain_ids)
+        return self._known(-self._quotient(totals))
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Take the Trainer's step, and remember it where it is to be differentiated."""
+        if self._tape:
+            parameters = self._trained()
+            state = random_state(parameters[0].device)
+            rates = {id(p): (g["lr"], g["weight_decay"]) for g in self.optimizer.param_groups for p in g["params"]}
+            self._tape[-1]["rates"] = [rates.get(id(p), (0.0, 0.0)) for p in parameters]
+            origin, drawn = self._pending[0], self._domains.weights if not self._weights_losses() else self._shares
+            self._tape[-1]["batches"].append((inputs, origin.domain_ids, num_items_in_batch, drawn.clone(), state))
+            if not self._weights_losses():
+                self._pending.popleft()
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _unrolled(self, step: int) -> Tensor:
+        """Differentiate a target batch's loss through the last T steps.
+
+        Args:
+            step: The current optimizer step.
+
+        Returns:
+            The hypergradient, ``(M,)``, float64, on the CPU.
+
+        Cost: one forward and backward pass on a target batch, one double backward for each of the T steps; memory for T
+        copies of the weights.
+        """
+        parameters = self._trained()
+        now = [p.detach().clone() for p in parameters]
+        weights = self._domains.weights.to(parameters[0]).requires_grad_()
+        hypergradient = torch.zeros_like(weights)
+        try:
+            with preserved_buffers(self.model), sdpa_kernel(SDPBackend.MATH):
+                loss = self._losses(self.model, self._draw_target_batch()).mean()
+                adjoint = list(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
+                for entry in reversed(self._tape):
+                    with torch.no_grad():
+                        for p, value in zip(parameters, entry["weights"], strict=True):
+                            p.copy_(value)
+                    rates, decays = zip(*entry["rates"], strict=True)
+                    loss = self._replayed_loss(entry, weights)
+                    loss = loss + sum(0.5 * d * p.square().sum() for p, d in zip(parameters, decays, strict=True))
+                    adjoint, part = adjoint_step(loss, parameters, weights, adjoint, rates)
+                    hypergradient += part
+        finally:
+            with torch.no_grad():
+                for p, value in zip(parameters, now, strict=True):
+                    p.copy_(value)
+        self._tape = []
+        return hypergradient.double().cpu()
+
+    def _replayed_loss(self, entry: dict[str, Any], weights: Tensor) -> Tensor:
+        """Compute the loss of a step again, as a function of the domain weights."""
+        total = weights.new_zeros(())
+        for inputs, domain_ids, num_items, drawn, state in entry["batches"]:
+            with replayed(self.model, state):
+                units = self._losses(self.model, self._prepare_inputs(inputs))
+            if num_items is None or not self.model_accepts_loss_kwargs:
+                num_items = units.counts.sum() * len(entry["batches"])
+            multipliers = (weights / drawn.to(weights))[domain_ids.to(weights.device)]
+            total = (
+                total + (units.losses * loss_coefficients(multipliers, units.counts, num_items, normalise=False)).sum()
+            )
+        return total
+
+    # The loss -------------------------------------------------------------------------------------------------------
+
+    def _multipliers(self, origin: Origin) -> Tensor:
+        return (self._domains.weights / self._shares).nan_to_num(1.0)[origin.domain_ids.cpu()]
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Compute the Trainer's loss, each sample's times its domain's weight over its share with ``"weight"``."""
+        if model.training and self._pending and self._weights_losses():
+            model = _WeightedModel(self, model, self._multipliers(self._pending.popleft()))
+        return super().compute_loss(
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
+
+    # Evaluation -----------------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Evaluate as ``Trainer``, and every domain by itself.
+
+        For a dataset with the domain column, and for a dict of datasets, each domain has ``eval_<domain>_loss`` and, for
+        language models, ``eval_<domain>_perplexity``. Their mean with the shares of the target dataset (equal shares if it has
+        no domain column) is ``eval_weighted_loss``. All of them can be ``metric_for_best_model``.
+
+        Args:
+            eval_dataset: As for ``Trainer``.
+            ignore_keys: As for ``Trainer``.
+            metric_key_prefix: As for ``Trainer``.
+
+        Returns:
+            The metrics.
+
+        Cost: no pass more than the Trainer's, unless with ``compute_sample_losses``.
+        """
+        given = self.eval_dataset if eval_dataset is None else eval_dataset
+        self._evaluated: tuple[list[str], Tensor] | None = None
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if isinstance(given, Mapping) and not self._is_off():
+            losses = {str(name): metrics.get(f"{metric_key_prefix}_{name}_loss") for name in given}
+            self._add_domain_metrics(metrics, {k: v for k, v in losses.items() if v is not None}, metric_key_prefix)
+        elif self._evaluated is not None:
+            names, (sums, units) = self._evaluated[0], self._evaluated[1].double().cpu()
+            means = zip(names, (sums / units).tolist(), strict=True)
+            self._add_domain_metrics(metrics, {name: loss for name, loss in means if loss == loss}, metric_key_prefix)
+        return metrics
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Return the evaluation loader; of a dataset with the domain column it carries the rows' domains."""
+        given = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(given, str):
+            given = self.eval_dataset[given]
+        column = self.bilevel_config.domain_column
+        if self._is_off() or not isinstance(given, datasets.Dataset) or column not in given.column_names:
+            return super().get_eval_dataloader(eval_dataset)
+        domain_ids, names = read_domains(given, column)
+        self._evaluated = (list(map(str, names)), torch.zeros(2, len(names), device=self.args.device))
+        prepared = self._remove_unused_columns(given, description="evaluation")
+        collator, self.data_collator = self.data_collator, DataCollatorWithOrigin(self.data_collator)
+        try:
+            return super().get_eval_dataloader(NumberedDataset(prepared, domain_ids))
+        finally:
+            self.data_collator = collator
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """Take the Trainer's evaluation step, and add up the losses by domain from the same logits."""
+        if SAMPLE_ID not in inputs:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        origin = pop_origin(inputs)
+        loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            if self.compute_sample_losses is not None:
+                units = self._losses(model, inputs)
+            else:
+                first = logits[0] if isinstance(logits, (tuple, list)) else logits
+                units = sample_losses_from_logits(self.model, first, inputs)
+        rows = (units.losses, units.counts, origin.domain_ids.to(units.losses.device))
+        # Not a sum of each process: the last batch may repeat rows to be full.
+        losses, counts, domain_ids = self.accelerator.gather_for_metrics(rows)
+        names, totals = self._evaluated
+        totals += torch.stack(domain_means(losses, counts, domain_ids, len(names))).to(totals)
+        return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
+
+    def _add_domain_metrics(self, metrics: dict[str, float], losses: dict[str, float], prefix: str) -> None:
+        if not losses:
+            return
+        added = {f"{prefix}_{name}_loss": loss for name, loss in losses.items()}
+        if find_head(self.model) in TOKEN_HEADS:
+            added |= {f"{prefix}_{name}_perplexity": math.exp(min(loss, 700)) for name, loss in losses.items()}
+        shares = self._target_shares(list(losses))
+        added[f"{prefix}_weighted_loss"] = sum(shares[name] * loss for name, loss in losses.items())
+        metrics |= added
+        self.log(dict(added))
+
+    def _target_shares(self, names: list[str]) -> dict[str, float]:
+        """Return the share of each domain in the target dataset; equal ones where it has none of them."""
+        column, target = self.bilevel_config.domain_column, self.target_dataset
+        counts = dict.fromkeys(names, 0)
+        if column is not None and isinstance(target, datasets.Dataset) and column in target.column_names:
+            for name in map(str, target.with_format(None)[column]):
+                if name in counts:
+                    counts[name] += 1
+        total = sum(counts.values())
+        return {name: count / total if total else 1 / len(names) for name, count in counts.items()}
+
+    # Results --------------------------------------------------------------------------------------------------------
+
+    @property
+    def domain_weights(self) -> dict[str, float]:
+        """The weight of every domain as it is now; an error before training."""
+        return self._named(self._begun().weights)
+
+    @property
+    def mixture(self) -> dict[str, float]:
+        """What to train with: the weights' average over the updates, later ones counting more; the weights if fixed."""
+        return self._named(self._begun().average)
+
+    def _begun(self) -> DomainWeights:
+        if self._is_off() and self._shares is not None:
+            return DomainWeights(self._shares, "mirror")
+        if self._domains is None:
+            raise RuntimeError("There are no domain weights before training.")
+        return self._domains
+
+    def _named(self, weights: Tensor) -> dict[str, float]:
+        return dict(zip(map(str, self.domain_names), weights.tolist(), strict=True))
+
+    def save_mixture(self, path: str | os.PathLike) -> None:
+        """Write the mixture as JSON, for another trainer's ``mixture``, or for ``datasets.interleave_datasets``.
+
+        Args:
+            path: File to write.
+        """
+        mixture = self.mixture
+        content = {
+            "mixture": mixture,
+            "interleave_datasets": {"domains": list(mixture), "probabilities": list(mixture.values())},
+            "last_weights": self.domain_weights,
+            "trajectory": [{"step": step, "weights": weights} for step, weights in self._trajectory],
+        }
+        Path(path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    def plot_domain_weights(self) -> Any:
+        """Draw the weights over the steps of the run.
+
+        Returns:
+            A matplotlib figure.
+        """
+        self._begun()
+        steps = [step for step, _ in self._trajectory]
+        weights = [weights for _, weights in self._trajectory]
+        return domain_weights_over_time(steps, weights, list(map(str, self.domain_names)), self.state.max_steps)
+
+    # State, logging, facts ------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict=state_dict)
+        if self.args.should_save and self._learns() and self._domains is not None:
+            self.save_mixture(Path(self.args.output_dir if output_dir is None else output_dir) / MIXTURE_NAME)
+
+    def _shared_state(self) -> dict[str, Any]:
+        state: dict[str, Any] = {
+            "domains": self._domains.state_dict(),
+            "trajectory": [[step, list(weights)] for step, weights in self._trajectory],
+            "gaps": self._gaps,
+            "seen_step": self._seen_step,
+            "counted": self._counted.clone(),
+            "draws": None if self._draws is None else self._draws.state_dict(),
+        }
+        if self._learns():
+            state["target_position"] = self._target_loader.position
+            state["reference"] = self._reference_state()
+            state["twin_optimizer"] = None if self._twin is None else _on_cpu(self._twin["optimizer"])
+            state["tape"] = [_on_cpu({"weights": e["weights"], "rates": e["rates"]}) for e in self._tape]
+        return state
+
+    def _rank_state(self) -> dict[str, Any]:
+        if not self._learns():
+            return {}
+        state: dict[str, Any] = {"recent": [plain_copy(entry) for entry in self._recent]}
+        if self._twin is not None:
+            state["twin_steps"] = [_on_cpu(plain_copy(entry)) for entry in self._twin["steps"]]
+        state["tape"] = [_on_cpu([_plain_tape(batch) for batch in entry["batches"]]) for entry in self._tape]
+        return state
+
+    def _load_state(self, shared: dict[str, Any], rank: dict[str, Any]) -> None:
+        self._domains.load_state_dict(shared["domains"])
+        self._trajectory = [(step, list(weights)) for step, weights in shared["trajectory"]]
+        self._gaps, self._seen_step = shared["gaps"], shared["seen_step"]
+        self._counted.copy_(shared["counted"])
+        if self._draws is not None and shared["draws"] is not None:
+            self._draws.load_state_dict(shared["draws"])
+        if not self._learns():
+            return
+        self._target_loader.position = shared["target_position"]
+        self._load_reference_state(shared["reference"], rank)
+        if shared["twin_optimizer"] is not None and self.bilevel_config.hypergradient == "penalty":
+            self._twin = {"optimizer": shared["twin_optimizer"], "steps": list(rank["twin_steps"])}
+        self._tape = [
+            {**entry, "batches": [_tape_from(batch) for batch in batches]}
+            for entry, batches in zip(shared["tape"], rank.get("tape", []), strict=True)
+        ]
+
+    def _bilevel_metrics(self) -> dict[str, float]:
+        names = list(map(str, self.domain_names))
+        metrics = {f"mixture/weight/{name}": weight for name, weight in self.domain_weights.items()}
+        if self._learns():
+            metrics["mixture/inner_steps"] = self.inner_steps
+            if self._gaps is not None:
+                metrics |= {f"mixture/hypergradient/{name}": g for name, g in zip(names, self._gaps, strict=True)}
+        return metrics
+
+    def bilevel_facts(self) -> dict[str, Any]:
+        """Collect the facts of the run, with the settings as they were resolved."""
+        facts = super().bilevel_facts()
+        facts["head"] = find_head(self.model)
+        if self._shares is not None:
+            facts["pool_shares"] = self._named(self._shares)
+        if self._domains is not None and not self._is_off():
+            facts["mixture"] = self.mixture
+            if self._learns():
+                facts["inner_steps"] = self.inner_steps
+                if self.bilevel_config.hypergradient == "penalty":
+                    facts["reference_steps"] = self.reference_steps
+        return facts
+
+
+class _WeightedModel:
+    """Stands in for the model in ``compute_loss``: the loss with each sample's multiplier."""
+
+    def __init__(self, trainer: MixtureMixin, model: nn.Module, multipliers: Tensor) -> None:
+        self._trainer = trainer
+        self._model = model
+        self._multipliers = multipliers
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, **inputs: Any) -> dict[str, Tensor]:
+        num_items = inputs.pop("num_items_in_batch", None)
+        units = self._trainer._losses(self._model, inputs)
+        if num_items is None:
+            num_items = units.counts.sum().clamp(min=1)
+        multipliers = self._multipliers.to(units.losses)
+        coefficients = loss_coefficients(multipliers, units.counts, num_items, normalise=False)
+        return {"loss": (units.losses * coefficients).sum()}
+
+
+def _read_mixture(given: Mapping[str, float] | str | os.PathLike) -> dict[str, float]:
+    """Read a mixture from a mapping or a file, and check that it is one."""
+    if not isinstance(given, Mapping):
+        try:
+            given = json.loads(Path(given).read_text(encoding="utf-8"))["mixture"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"`mixture` must be a mapping from domain names to weights, or a file written by `save_mixture`; reading {given!r} "
+                f"failed ({type(error).__name__}: {error})."
+            ) from error
+    weights = {}
+    for name, weight in given.items():
+        if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not 0 <= weight <= 1:
+            raise ValueError(f"The weight of {name!r} in `mixture` must be a number in [0, 1], got {weight!r}.")
+        weights[str(name)] = float(weight)
+    total = sum(weights.values())
+    if not math.isclose(total, 1.0, abs_tol=1e-4):
+        raise ValueError(f"The weights in `mixture` sum to {total:.6g} and must sum to 1: divide them by it.")
+    return {name: weight / total for name, weight in weights.items()}
+
+
+def _join(given: Mapping[str, Any]) -> tuple[Any, tuple[Tensor | None, list[str]]]:
+    """Make one dataset of a dict of datasets, and say which rows are whose."""
+    names, parts = list(map(str, given)), list(given.values())
+    streams = [isinstance(part, (IterableDataset, datasets.IterableDataset)) for part in parts]
+    if any(streams):
+        if not all(streams):
+            raise ValueError(
+                "`train_dataset` holds streams and datasets with a length; make all of them one or the other."
+            )
+        return MixtureStream(parts, names), (None, names)
+    ids = torch.repeat_interleave(torch.tensor([len(part) for part in parts]))
+    if parts and all(isinstance(part, datasets.Dataset) for part in parts):
+        return datasets.concatenate_datasets(parts), (ids, names)
+    return ConcatDataset(parts), (ids, names)
+
+
+def _on_cpu(value: Any) -> Any:
+    """Copy tensors of nested containers to the CPU; everything else stays."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _on_cpu(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_on_cpu(entry) for entry in value)
+    return value
+
+
+def _plain_tape(batch: tuple) -> list[Any]:
+    inputs, domain_ids, num_items, drawn, (_, cpu_state, device_state) = batch
+    return [plain_copy(inputs), domain_ids, num_items, drawn, cpu_state, device_state]
+
+
+def _tape_from(batch: list[Any]) -> tuple:
+    inputs, domain_ids, num_items, drawn, cpu_state, device_state = batch
+    return inputs, domain_ids, num_items, drawn, (torch.device("cpu"), cpu_state, device_state)
+
+
+class MixtureTrainer(MixtureMixin, Trainer):
+    """Learn how much of each domain to train on, judged by a small target dataset, in one run.
+
+    Use it when the pool consists of domains of different use for the target, and data are limited: with domains that are repeated
+    for many epochs, weights matter. With abundant data the literature finds no gain over equal shares. Compare with
+    ``MixtureConfig(mixture="uniform")`` and with the plain Trainer.
+
+    Change ``Trainer`` to ``MixtureTrainer``, pass ``target_dataset``, and say which domain a sample is of: by ``domain_column``, or by
+    passing ``train_dataset`` as a dict from names to datasets (or streams, with ``max_steps``).
+
+    Every T steps the weights take one step. With the default hypergradient a twin of the model, optimizer state included, repeats
+    the last K of these steps on the same batches with the target loss added; both are then compared on rows of every domain.
+
+    To learn on a small model and train a large one: ``small.save_mixture("mixture.json")``, then
+    ``MixtureTrainer(model=large, mixture="mixture.json", ...)``.
+
+    Cost of T steps, in forward passes of the model (a step is 3): 6 K with target batches as large as training batches, and twice
+    ``probe_batches`` for the comparison; the defaults make that near 20 % of 3 T. Memory: a copy of the weights and, during the last
+    K steps, of the optimizer's state. Alignment costs 3 and twice ``probe_batches`` for each update, without a copy.
+
+    Logged: ``mixture/weight/<domain>``, ``mixture/hypergradient/<domain>`` (negative: helps), ``mixture/inner_steps``.
+
+    Args:
+        *args: ``model`` and ``args``, as for ``Trainer``; better passed by name.
+        train_dataset: As for ``Trainer``, with a domain column; or a dict from domain names to datasets.
+        mixture: Fixed weights: a mapping from domain names to weights that sum to 1, or the path of a file written by
+            ``save_mixture``. Nothing is learned then, and no target dataset is needed.
+        target_dataset: Map-style dataset that shows what good means, with the columns of ``train_dataset``.
+        bilevel_config: A ``MixtureConfig``.
+        compute_sample_losses: Loss of each sample for models whose head is not known.
+        **kwargs: Everything else that ``Trainer`` takes.
+
+    References:
+        Das, Patel, Razaviyayn, Mirrokni, arXiv 2602.19510 (finite inner steps). TANDEM, arXiv 2606.04401 (the penalised
+        hypergradient). Fan, Pagliardini, Jaggi, DoGE, arXiv 2310.15393 (alignment).
+
+    Example:
+        >>> import torch
+        >>> from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
+        >>> config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        ...                    image_size=8, patch_size=4, num_channels=1, num_labels=2)
+        >>> def images(num):
+        ...     return [{"pixel_values": torch.randn(1, 8, 8), "labels": i % 2} for i in range(num)]
+        >>> trainer = MixtureTrainer(
+        ...     model=ViTForImageClassification(config),
+        ...     args=TrainingArguments("output", per_device_train_batch_size=8, max_steps=20, save_strategy="no",
+        ...                            use_cpu=True, disable_tqdm=True),
+        ...     train_dataset={"photos": images(32), "drawings": images(16)},
+        ...     target_dataset=images(8),
+        ... )
+        >>> output = trainer.train()  # doctest: +ELLIPSIS
+        {...}
+        >>> sorted(trainer.mixture), round(sum(trainer.mixture.values()), 6)
+        (['drawings', 'photos'], 1.0)
+    """
