@@ -223,9 +223,6 @@ def sample_losses_from_logits(model: nn.Module, logits: Tensor, batch: Mapping[s
 
     Returns:
         Losses and counts, ``(n,)``.
-
-    Raises:
-        ValueError: If logits and labels do not fit together.
     """
     head = find_head(model)
     if head in TOKEN_HEADS:

@@ -480,7 +480,7 @@ class MixtureMixin(ReferenceMixin):
             if (step + self.reference_steps) % inner_steps == 0:
                 self._begin_twin()
             if self._twin is not None:
-                self._record_for_twin(batches, origins)
+                self._record_for_twin(batches, origins, num_items)
         if self._is_stream:
             self._recent.extend(
                 {"batch": plain_copy(b), "domain_ids": o.domain_ids} for b, o in zip(batches, origins, strict=True)
@@ -523,12 +523,11 @@ class MixtureMixin(ReferenceMixin):
         self.reference.synchronise()
         self._twin = {"optimizer": copy.deepcopy(self.optimizer.state_dict()), "steps": []}
 
-    def _record_for_twin(self, batches: list[Any], origins: list[Origin]) -> None:
-        multipliers = None
-        if self._weights_losses():
-            multipliers = [self._multipliers(origin) for origin in origins]
+    def _record_for_twin(self, batches: list[Any], origins: list[Origin], num_items: Any) -> None:
+        multipliers = [self._multipliers(origin) if self._weights_losses() else None for origin in origins]
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        self._twin["steps"].append({"batches": batches, "multipliers": multipliers, "rates": rates})
+        entry = {"batches": batches, "multipliers": multipliers, "num_items": num_items, "rates": rates}
+        self._twin["steps"].append(entry)
 
     def _reference_optimizer(self, reference: nn.Module) -> torch.optim.Optimizer:
         optimizer = self._fresh_optimizer(reference)
@@ -554,15 +553,8 @@ class MixtureMixin(ReferenceMixin):
         before = self._domain_losses(self.model, probe)
 
         def objective(reference: nn.Module, k: int) -> Iterator[Tensor]:
-            batches = [self._prepare_inputs(batch) for batch in steps[k]["batches"]]
-            for i, batch in enumerate(batches):
-                units = self._losses(reference, batch)
-                multipliers = torch.ones_like(units.losses)
-                if steps[k]["multipliers"] is not None:
-                    multipliers = steps[k]["multipliers"][i].to(units.losses)
-                num_items = units.counts.sum().clamp(min=1) * len(batches)
-                coefficients = loss_coefficients(multipliers, units.counts, num_items, normalise=False)
-                yield (units.losses * coefficients).sum()
+            for batch, multipliers in zip(steps[k]["batches"], steps[k]["multipliers"], strict=True):
+                yield self._repeated_loss(reference, batch, multipliers, steps[k])
             yield self._losses(reference, self._draw_target_batch()).mean() / penalty
 
         def use_recorded_rates(optimizer: torch.optim.Optimizer, k: int) -> None:
@@ -574,6 +566,19 @@ class MixtureMixin(ReferenceMixin):
             after = self._domain_losses(reference, probe)
         self._twin = None
         return penalty * self._known(after - before)
+
+    def _repeated_loss(
+        self, model: nn.Module, batch: Any, multipliers: Tensor | None, entry: dict[str, Any]
+    ) -> Tensor:
+        """Compute what ``training_step`` has differentiated for a batch, on another model."""
+        inputs, num_items = dict(self._prepare_inputs(batch)), entry["num_items"]
+        num_batches = len(entry["batches"])
+        if multipliers is None:
+            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items)
+        else:
+            loss = self._weighted_loss(model, inputs, multipliers, num_items, num_batches)
+        divided = (num_items is None or not self.model_accepts_loss_kwargs) and self.compute_loss_func is None
+        return loss / num_batches if divided else loss
 
     def _probe(self, step: int) -> list[tuple[Any, Tensor]]:
         """Draw rows of every domain, as batches with the rows' domains."""
@@ -724,11 +729,26 @@ class MixtureMixin(ReferenceMixin):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Compute the Trainer's loss, each sample's times its domain's weight over its share with ``"weight"``."""
-        if model.training and self._pending and self._weights_losses():
-            model = _WeightedModel(self, model, self._multipliers(self._pending.popleft()))
-        return super().compute_loss(
-            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-        )
+        if not (model.training and self._pending and self._weights_losses()):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        multipliers = self._multipliers(self._pending.popleft())
+        num_batches = self.current_gradient_accumulation_steps
+        loss = self._weighted_loss(model, inputs, multipliers, num_items_in_batch, num_batches)
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _weighted_loss(
+        self, model: nn.Module, inputs: dict[str, Any], multipliers: Tensor, num_items: Any, num_batches: int
+    ) -> Tensor:
+        units = self._losses(model, inputs)
+        scale = 1
+        if num_items is None or not self.model_accepts_loss_kwargs:
+            num_items = units.counts.sum().clamp(min=1)  # a mean, which the Trainer divides
+        elif self.compute_sample_losses is not None:
+            num_items = units.counts.sum().clamp(min=1) * num_batches  # its units are not the labels that were counted
+        elif self.args.average_tokens_across_devices:
+            scale = self.accelerator.num_processes
+        coefficients = loss_coefficients(multipliers.to(units.losses), units.counts, num_items, normalise=False)
+        return (units.losses * coefficients).sum() * scale
 
     # Evaluation -----------------------------------------------------------------------------------------------------
 
@@ -951,27 +971,6 @@ class MixtureMixin(ReferenceMixin):
                 if self.bilevel_config.hypergradient == "penalty":
                     facts["reference_steps"] = self.reference_steps
         return facts
-
-
-class _WeightedModel:
-    """Stands in for the model in ``compute_loss``: the loss with each sample's multiplier."""
-
-    def __init__(self, trainer: MixtureMixin, model: nn.Module, multipliers: Tensor) -> None:
-        self._trainer = trainer
-        self._model = model
-        self._multipliers = multipliers
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-    def __call__(self, **inputs: Any) -> dict[str, Tensor]:
-        num_items = inputs.pop("num_items_in_batch", None)
-        units = self._trainer._losses(self._model, inputs)
-        if num_items is None:
-            num_items = units.counts.sum().clamp(min=1)
-        multipliers = self._multipliers.to(units.losses)
-        coefficients = loss_coefficients(multipliers, units.counts, num_items, normalise=False)
-        return {"loss": (units.losses * coefficients).sum()}
 
 
 def _read_mixture(given: Mapping[str, float] | str | os.PathLike) -> dict[str, float]:
