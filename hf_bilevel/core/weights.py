@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+MARGIN = 0.01
+"""How far from 0 and 1 sigmoid weights start."""
+
 
 class WeightTable(nn.Module):
     r"""One number for every sample or domain; its weight is :math:`x_i`, :math:`\sigma(x_i)` or :math:`n\,\mathrm{softmax}(x)_i`.
@@ -20,6 +23,10 @@ class WeightTable(nn.Module):
         tensor([0.5000, 0.5000], grad_fn=<SigmoidBackward0>)
         >>> WeightTable(4, "softmax").all_weights()
         tensor([1., 1., 1., 1.])
+        >>> table = WeightTable(2, "sigmoid")
+        >>> table.set_weights(torch.tensor([0.25, 1.0]))
+        >>> table.all_weights()
+        tensor([0.2500, 0.9900])
     """
 
     def __init__(self, num: int, function: str) -> None:
@@ -42,6 +49,20 @@ class WeightTable(nn.Module):
     def all_weights(self) -> Tensor:
         """Return the weights of all ids."""
         return self._weights(slice(None)).clone()
+
+    @torch.no_grad()
+    def set_weights(self, weights: Tensor) -> None:
+        """Start from other weights.
+
+        Args:
+            weights: ``(n,)``, not negative, and not above 1 but for softmax. Sigmoid weights are set no nearer than
+                ``MARGIN`` to 0 and 1, where they would hardly move.
+        """
+        if self.function == "sigmoid":
+            weights = weights.clamp(MARGIN, 1 - MARGIN).logit()
+        elif self.function == "softmax":
+            weights = weights.clamp(min=torch.finfo(weights.dtype).tiny).log()
+        self.values.copy_(weights)
 
     @torch.no_grad()
     def project(self) -> None:

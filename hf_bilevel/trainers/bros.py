@@ -317,10 +317,11 @@ class BrosMixin(BilevelMixin):
             )
 
     def _check_given_weights(self) -> None:
-        if self._learns():
+        kind = self.bilevel_config.upper_variable
+        if kind not in ("fixed", "table"):
             raise ValueError(
-                f"`sample_weights` are given and `upper_variable={self.bilevel_config.upper_variable!r}` would learn others. "
-                "Use `upper_variable='fixed'`."
+                f"`sample_weights` are given and `upper_variable={kind!r}` would learn others. Use `upper_variable='fixed'` to "
+                "train with them, or 'table' to start from them."
             )
         if self.train_dataset is None:
             return
@@ -336,6 +337,11 @@ class BrosMixin(BilevelMixin):
             )
         if not bool((weights.isfinite() & (weights >= 0)).all()):
             raise ValueError("`sample_weights` must be finite and not negative.")
+        if self._learns() and self.bilevel_config.weight_function != "softmax" and bool((weights > 1).any()):
+            raise ValueError(
+                f"`sample_weights` to start from must not be above 1 with `weight_function="
+                f"{self.bilevel_config.weight_function!r}`; the largest is {float(weights.max()):.4g}. Divide them by it."
+            )
 
     def _ids_and_weights(self) -> tuple[Tensor, Tensor]:
         given = self._given_weights
@@ -406,7 +412,12 @@ class BrosMixin(BilevelMixin):
         self._table: Tensor | None = None  # given weights, or the last ones that a network gave
         with private_randomness(derive_seed(self._seed, _UPPER), device):
             if config.upper_variable == "table":
-                self.upper = WeightTable(num_pool, config.weight_function).to(device)
+                self.upper = WeightTable(num_pool, config.weight_function)
+                if self._given_weights is not None:
+                    ids, weights = self._ids_and_weights()
+                    start = self.upper.all_weights().index_put((ids.cpu(),), weights.float().cpu())
+                    self.upper.set_weights(start)
+                self.upper.to(device)
             elif config.upper_variable == "domain":
                 self.upper = WeightTable(len(self.domain_names), config.weight_function).to(device)
             elif config.upper_variable == "network":
@@ -859,8 +870,10 @@ class BrosTrainer(BrosMixin, Trainer):
         *args: ``model`` and ``args``, as for ``Trainer``; better passed by name.
         target_dataset: Map-style dataset that shows what good means, with the columns of ``train_dataset``.
         bilevel_config: A ``BrosConfig``.
-        sample_weights: Fixed weights, for ``upper_variable="fixed"``: another trainer's ``sample_weights``, or a tensor with
-            one weight for each row of ``train_dataset``. Samples that it does not name have the weight 1.
+        sample_weights: Another trainer's ``sample_weights``, or a tensor with one weight for each row of ``train_dataset``. With
+            ``upper_variable="fixed"`` the weights of the training; samples that it does not name have the weight 1. With "table"
+            the weights to start from: a fresh model that starts from learned weights learns better ones than one long run,
+            whose model in the end remembers wrong labels.
         compute_sample_losses: Loss of each sample for models whose head is not known, or trained with another loss.
         **kwargs: Everything else that ``Trainer`` takes.
 

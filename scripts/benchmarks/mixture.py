@@ -235,7 +235,9 @@ def main(argv: list[str] | None = None) -> dict:
                     if (setting, arm, seed) in done:
                         continue
                     rows.append(run_arm(arm, setting, seed, data, options.steps, folder, settings))
-                    shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items() if k != "weights"}
+                    shown = {
+                        k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items() if k != "weights"
+                    }
                     print(shown, flush=True)
     rows.sort(key=lambda row: (list(TARGETS).index(row["setting"]), [*FIXED, *LEARNED].index(row["arm"]), row["seed"]))
     summary = summarise(rows)

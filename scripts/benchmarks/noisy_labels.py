@@ -9,8 +9,9 @@ scratch. Every arm takes the same number of optimizer steps. Within a run nothin
 were: BLADE's by the test accuracy of seeds 0 and 1 in trials with a stand-alone loop, BROS's by how well its weights tell
 wrong labels from right ones on seed 0. Seeds 2 to 4 had no part in it.
 
-`bros` and `masoba` learn a weight for every sample, in subspaces and in full space; both take all candidates. `second_pass`
-is a plain training from scratch on the pool weighted by what `bros` has learned, with the weights fixed.
+`bros` and `masoba` learn a weight for every sample, in subspaces and in full space; both take all candidates, and start with a
+fresh model after half of the steps, from the weights learned so far. `second_pass` is a plain training from scratch on the
+pool weighted by what `bros` has learned, with the weights fixed.
 
 Three accuracies per run: of the last weights (`accuracy`, the figure to quote), of an exponential average of the weights
 (`accuracy_averaged`), and of the checkpoint with the best accuracy on the target dataset (`accuracy_stopped`): early
@@ -55,6 +56,7 @@ BLADE = {
 }
 STATIC_STEPS = 300
 BROS = {"rank": 0.25, "upper_learning_rate": 0.3, "target_batch_size": 200}
+BROS_ROUNDS = 2
 BROS_LEARNING_RATE = {"bros": 4e-3, "masoba": 1e-3}  # a subspace is slower to train in
 SWEEP = (
     "",
@@ -142,7 +144,7 @@ def run_arm(
 ) -> dict:
     """Train one arm; ``learned`` takes the weights from ``bros`` to ``second_pass``."""
 
-    def train(rows: list[dict], batch_size: int, max_steps: int, config=None, **kwargs):
+    def train(rows: list[dict], batch_size: int, max_steps: int, config=None, seed: int = seed, **kwargs):
         linear = config is None and rows is data["target"] or arm in BROS_LEARNING_RATE
         args = TrainingArguments(
             folder,
@@ -161,7 +163,7 @@ def run_arm(
         trainer_class = {type(None): Trainer, BladeConfig: BladeTrainer, BrosConfig: BrosTrainer}[type(config)]
         if config is not None:
             kwargs |= {"bilevel_config": config}
-        if config is not None and "sample_weights" not in kwargs:
+        if config is not None and arm != "second_pass":
             kwargs |= {"target_dataset": data["target"]}
         trainer = trainer_class(**common, callbacks=[probe], **kwargs)
         trainer.remove_callback(PrinterCallback)
@@ -181,8 +183,11 @@ def run_arm(
         trainer, probe = train(data["pool"], CANDIDATES, steps, config, reference_model=reference)
     elif arm in BROS_LEARNING_RATE:
         config = BrosConfig(**BROS | ({"rank": "full"} if arm == "masoba" else {}))
-        trainer, probe = train(data["pool"], CANDIDATES, steps, config)
-        learned[arm] = trainer.sample_weights
+        learned[arm] = None
+        for k in range(BROS_ROUNDS):
+            start = {"seed": seed + 100 * k, "sample_weights": learned[arm]}
+            trainer, probe = train(data["pool"], CANDIDATES, steps // BROS_ROUNDS, config, **start)
+            learned[arm] = trainer.sample_weights
     elif arm == "second_pass":
         config = BrosConfig(upper_variable="fixed", rank="full")
         trainer, probe = train(data["pool"], small_batch, steps, config, sample_weights=learned["bros"])
@@ -298,6 +303,7 @@ def main(argv: list[str] | None = None) -> dict:
         "blade": {**BLADE, **parse(options.blade)},
         "static_reference_steps": STATIC_STEPS,
         "bros": BROS,
+        "bros_rounds": BROS_ROUNDS,
         "bros_learning_rate": BROS_LEARNING_RATE,
         "learning_rate": 1e-3,
         "noise": "symmetric, 50 %",

@@ -1251,11 +1251,27 @@ def test_wrong_sample_weights(weights: Any, message: str, tmp_path: Path) -> Non
     refused("vit", tmp_path, message, {"upper_variable": "fixed"}, trainer_kwargs={"sample_weights": weights})
 
 
-def test_sample_weights_are_for_fixed_weights(tmp_path: Path) -> None:
-    message = (
-        "`sample_weights` are given and `upper_variable='table'` would learn others. Use `upper_variable='fixed'`"
-    )
-    refused("vit", tmp_path, message, trainer_kwargs={"sample_weights": torch.ones(64)})
+def test_sample_weights_that_others_would_replace(tmp_path: Path) -> None:
+    message = "`sample_weights` are given and `upper_variable='network'` would learn others. Use"
+    refused("vit", tmp_path, message, {"upper_variable": "network"}, trainer_kwargs={"sample_weights": torch.ones(64)})
+    message = "`sample_weights` to start from must not be above 1.*the largest is 2"
+    refused("vit", tmp_path, message, trainer_kwargs={"sample_weights": 2 * torch.ones(64)})
+
+
+@pytest.mark.parametrize("weight_function", ["sigmoid", "projected", "softmax"])
+def test_learning_starts_from_given_weights(weight_function: str, tmp_path: Path) -> None:
+    given = torch.linspace(0.02, 0.98, 64)
+    settings = {"weight_function": weight_function, "start_step": 1}  # one step without an update
+    start = given / given.mean() if weight_function == "softmax" else given
+    trainer = train("vit", tmp_path, settings, max_steps=1, trainer_kwargs={"sample_weights": given})
+    torch.testing.assert_close(trainer.sample_weights.weights, start)
+    some = SampleWeights(torch.tensor([5]), torch.tensor([0.25]))
+    trainer = train("vit", tmp_path, settings, max_steps=1, trainer_kwargs={"sample_weights": some})
+    assert trainer.sample_weights.weights.argmin() == 5
+    if weight_function != "softmax":
+        assert trainer.sample_weights.weights.tolist() == pytest.approx([0.5] * 5 + [0.25] + [0.5] * 58)
+    learned = train("vit", tmp_path, {**settings, "start_step": 0}, trainer_kwargs={"sample_weights": given})
+    assert not torch.equal(learned.sample_weights.weights, start)
 
 
 def test_settings_are_checked_against_model_and_arguments(tmp_path: Path) -> None:
