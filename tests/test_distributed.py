@@ -12,6 +12,8 @@ from two_processes import GLOBAL_LEARNING_RATE, GLOBAL_RUNS, variables
 
 from hf_bilevel import BrosConfig, BrosTrainer
 
+MIXTURE_CASES = ("mixture vit", "mixture llama", "mixture alignment")
+
 
 def test_two_processes(tmp_path: Path) -> None:
     script = Path(__file__).parent / "two_processes.py"
@@ -21,7 +23,7 @@ def test_two_processes(tmp_path: Path) -> None:
     )
     output = result.stdout + result.stderr
     assert result.returncode == 0, output[-6000:]
-    for case in ("vit", "llama", "bert", "lora", "bros vit", "bros llama", "bros network"):
+    for case in ("vit", "llama", "bert", "lora", "bros vit", "bros llama", "bros network", *MIXTURE_CASES):
         assert f"{case}: passed" in output, output[-6000:]
     for case, expected in torch.load(tmp_path / "global.pt", weights_only=True).items():
         assert_one_process_is_the_same(case, expected, tmp_path)

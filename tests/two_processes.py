@@ -16,13 +16,15 @@ import torch.distributed as dist
 from tiny import make_dataset, make_model, make_trainer, parameters_of, wide_norms
 from transformers import Trainer, set_seed
 
-from hf_bilevel import BladeConfig, BladeTrainer, BrosConfig, BrosTrainer
+from hf_bilevel import BladeConfig, BladeTrainer, BrosConfig, BrosTrainer, MixtureConfig, MixtureTrainer
 
 ON = {"selection_ratio": 0.5, "sync_steps": 3, "reference_steps": 2, "penalty": 0.5, "domain_column": "source"}
 
 
 BROS_ON = {"rank": 0.5, "refresh_steps": 2, "domain_column": "source"}
 BROS_OFF = {"upper_variable": "fixed", "rank": "full"}
+MIXTURE_ON = {"inner_steps": 3, "reference_steps": 2, "domain_column": "source"}
+TRAINERS = {BladeConfig: BladeTrainer, BrosConfig: BrosTrainer, MixtureConfig: MixtureTrainer}
 # Runs that see the same global batches as one process: the weights must not be scaled within a rank, and what differs by
 # rounding must not be amplified by finite differences or AdamW. Model, settings, arguments of the trainer.
 GLOBAL_RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -55,7 +57,7 @@ def lora_model() -> torch.nn.Module:
 def run(
     folder: Path,
     name: str,
-    config: BladeConfig | BrosConfig | None,
+    config: BladeConfig | BrosConfig | MixtureConfig | None,
     resume: Path | None = None,
     trainer_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
@@ -63,7 +65,7 @@ def run(
     extra: dict[str, Any] = {}
     trainer_class = Trainer
     if config is not None:
-        trainer_class = BladeTrainer if isinstance(config, BladeConfig) else BrosTrainer
+        trainer_class = TRAINERS[type(config)]
         extra = {"target_dataset": make_dataset(name, 10, seed=7), "bilevel_config": config}
     trainer = make_trainer(
         trainer_class,
@@ -159,6 +161,37 @@ def check_bros(folder: Path, case: str, name: str, **settings: Any) -> None:
         print(f"{case}: passed")  # noqa: T201
 
 
+def check_mixture(folder: Path, case: str, name: str, **settings: Any) -> None:
+    config = MixtureConfig(**{**MIXTURE_ON, **settings})
+    if name == "vit":
+        plain = parameters_of(run(folder / "plain", name, None))
+        off = parameters_of(run(folder / "off", name, MixtureConfig(mixture="proportional")))
+        assert torch.equal(off, plain), f"{case}: off is not the plain Trainer"
+
+    def found(trainer: MixtureTrainer) -> dict[str, torch.Tensor]:
+        weights = torch.tensor(list(trainer.domain_weights.values()), dtype=torch.float64)
+        average = torch.tensor(list(trainer.mixture.values()), dtype=torch.float64)
+        return {"parameters": parameters_of(trainer), "weights": weights, "average": average}
+
+    whole = found(run(folder / "on", name, config))
+    for key, value in whole.items():
+        assert value.isfinite().all() and same_on_both(value), f"{case}: the ranks' {key} differ"
+    assert (whole["weights"] - 1 / 3).abs().max() > 1e-3, f"{case}: the weights did not move"
+    dist.barrier()
+    state = torch.load(folder / "on" / "checkpoint-2" / "bilevel_state.pt", weights_only=True)
+    if config.hypergradient == "penalty":  # in the middle of what the twin repeats
+        for key, value in state["shared"]["reference"]["weights"].items():
+            assert same_on_both(value), f"{case}: the ranks' twins differ in {key}"
+        batches = [rank["twin_steps"][0]["batches"][0]["labels"] for rank in state["ranks"]]
+        assert len(batches) == 2 and not torch.equal(*batches), f"{case}: both ranks repeat the same rows"
+    for checkpoint in (2, 4):
+        resumed = found(run(folder / "resumed", name, config, resume=folder / "on" / f"checkpoint-{checkpoint}"))
+        for key, value in resumed.items():
+            assert torch.equal(value, whole[key]), f"{case}: the {key} resumed from {checkpoint} differ"
+    if dist.get_rank() == 0:
+        print(f"{case}: passed")  # noqa: T201
+
+
 def save_global_runs(folder: Path) -> None:
     """For test_distributed.py, which compares them with one process and the doubled batch."""
     results = {}
@@ -181,6 +214,9 @@ def main() -> None:
     check_bros(folder / "bros vit", "bros vit", "vit", estimator="bi_probe")
     check_bros(folder / "bros llama", "bros llama", "llama", auxiliary_dtype="bfloat16")
     check_bros(folder / "bros network", "bros network", "vit", upper_variable="network")
+    check_mixture(folder / "mixture vit", "mixture vit", "vit")
+    check_mixture(folder / "mixture llama", "mixture llama", "llama", realisation="weight")
+    check_mixture(folder / "mixture alignment", "mixture alignment", "llama", hypergradient="alignment", inner_steps=2, reference_steps="auto")
     save_global_runs(folder)
     dist.barrier()
     dist.destroy_process_group()
