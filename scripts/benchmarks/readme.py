@@ -16,6 +16,9 @@ NOISY_ARMS = {
     "loss": "highest loss",
     "static": "static reference (RHO-LOSS)",
     "blade": "**BLADE**",
+    "bros": "BROS, the model of the first pass",
+    "second_pass": "**BROS, second pass** with the learned weights",
+    "masoba": 'MA-SOBA (`rank="full"`), first pass',
     "clean": "correct labels only (upper bound)",
 }
 OVERHEAD_ARMS = {
@@ -48,6 +51,23 @@ RANKS = {
     "rank192": "192",
     "full": "full",
 }
+MIXTURE_ARMS = {
+    "proportional": "all rows (`Trainer`)",
+    "uniform": "domains at random, equal probabilities",
+    "stratified": 'equal shares in every step (`mixture="uniform"`)',
+    "target": "the pool's rows of the target's own domains",
+    "alignment": "learned, gradient alignment, T = 1",
+    "penalty_1": "learned, twin, T = 1",
+    "penalty_5": "learned, twin, T = 5",
+    "penalty_auto": "**learned, twin, T = {auto} (`MixtureTrainer` as it comes)**",
+    "penalty_4auto": "learned, twin, T = {4auto}",
+}
+SETTINGS = {
+    "restricted": "**Restricted**: 600 rows of each of five domains, 100 of the target's",
+    "structured": "**Structured**: restricted, with the manual's words in random order as one more domain",
+    "blended": "**Blended**: restricted, the target is half manual and half readme",
+    "abundant": "**Abundant**: no row is seen twice",
+}
 ESTIMATORS = {"naive": "naive (biased)", "bi_probe": "bi-probe", "two_sided": "two-sided", "one_sided": "one-sided"}
 
 
@@ -74,6 +94,8 @@ def noisy_labels() -> str:
         "|---|---|---|---|---|---|",
     ]
     for arm, title in NOISY_ARMS.items():
+        if f"accuracy/{arm}" not in summary:
+            continue
         wrong = f"{100 * summary[f'wrong_share/{arm}']:.0f}" if f"wrong_share/{arm}" in summary else ""
         cells = [plus_minus(summary, f"accuracy/{arm}", 100), f"{100 * summary[f'gap_closed/{arm}']:.0f}"]
         cells += [plus_minus(summary, f"{kind}/{arm}", 100) for kind in ("accuracy_averaged", "accuracy_stopped")]
@@ -172,6 +194,66 @@ def estimators() -> str:
     return "\n".join(lines)
 
 
+def mixture_lines(setting: str) -> list[str]:
+    report = load("mixture")
+    summary, inner_steps = report["summary"], report["config"]["inner_steps"]
+    lines = [
+        "| | perplexity, same updates | same forward-equivalents | forward-equivalents of an update | log-perplexity, MixtureTrainer less this arm |",
+        "|---|---|---|---|---|",
+    ]
+    for arm, title in MIXTURE_ARMS.items():
+        if f"perplexity/{setting}/{arm}" not in summary:
+            continue
+        title = title.replace("{auto}", str(inner_steps["penalty_auto"]))
+        title = title.replace("{4auto}", str(inner_steps["penalty_4auto"]))
+        cells = [
+            plus_minus(summary, f"{kind}/{setting}/{arm}", digits=2) for kind in ("perplexity", "perplexity_same_cost")
+        ]
+        cells.append(f"{3 * summary[f'cost/{setting}/{arm}']:.1f}")
+        cells.append(plus_minus(summary, f"log_ratio/{setting}/penalty_auto_over_{arm}", digits=3))
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return lines
+
+
+def weights_line(setting: str, arm: str) -> str:
+    summary = load("mixture")["summary"]
+    prefix = f"weight/{setting}/{arm}/"
+    weights = {
+        k.removeprefix(prefix): v for k, v in summary.items() if k.startswith(prefix) and not k.endswith("/std")
+    }
+    ordered = sorted(weights.items(), key=lambda pair: -pair[1])
+    return ", ".join(f"{name} {weight:.2f}" for name, weight in ordered)
+
+
+def mixture() -> str:
+    report = load("mixture")
+    config, seeds = report["config"], len({row["seed"] for row in report["rows"]})
+    return "\n".join(
+        [
+            "Bytes of six domains of text from the running Python's own installation, 600 rows of each but 100 of the target's, the "
+            f"language reference; a small Llama from scratch, {config['steps']} updates of {config['batch']} rows, {seeds} seeds (mean ± "
+            "standard deviation of the perplexity on held-out rows of the target). The last column compares arms of one seed.",
+            "",
+            *mixture_lines("restricted"),
+            "",
+            f"Learned mixture, mean over seeds: {weights_line('restricted', 'penalty_auto')}. From "
+            "`scripts/benchmarks/results/mixture.json`; [other settings](scripts/benchmarks/README.md#mixtures), abundant data among "
+            "them.",
+        ]
+    )
+
+
+def mixtures() -> str:
+    summary = load("mixture")["summary"]
+    lines = []
+    for setting, title in SETTINGS.items():
+        if f"perplexity/{setting}/penalty_auto" in summary:
+            learned = [arm for arm in ("alignment", "penalty_auto") if f"cost/{setting}/{arm}" in summary]
+            weights = [f"Learned by {arm}: {weights_line(setting, arm)}." for arm in learned]
+            lines += [f"{title}.", "", *mixture_lines(setting), "", " ".join(weights), ""]
+    return "\n".join(lines[:-1])
+
+
 def sweep() -> str:
     report = load("noisy_labels_sweep")
     summary = report["summary"]
@@ -190,8 +272,13 @@ def sweep() -> str:
 
 
 PAGES = {
-    ROOT / "README.md": {"noisy_labels": noisy_labels, "overhead": overhead},
-    Path(__file__).parent / "README.md": {"memory": memory, "estimators": estimators, "sweep": sweep},
+    ROOT / "README.md": {"noisy_labels": noisy_labels, "mixture": mixture, "overhead": overhead},
+    Path(__file__).parent / "README.md": {
+        "memory": memory,
+        "estimators": estimators,
+        "mixtures": mixtures,
+        "sweep": sweep,
+    },
 }
 
 
