@@ -216,7 +216,14 @@ def main() -> None:
     check_bros(folder / "bros network", "bros network", "vit", upper_variable="network")
     check_mixture(folder / "mixture vit", "mixture vit", "vit")
     check_mixture(folder / "mixture llama", "mixture llama", "llama", realisation="weight")
-    check_mixture(folder / "mixture alignment", "mixture alignment", "llama", hypergradient="alignment", inner_steps=2, reference_steps="auto")
+    check_mixture(
+        folder / "mixture alignment",
+        "mixture alignment",
+        "llama",
+        hypergradient="alignment",
+        inner_steps=2,
+        reference_steps="auto",
+    )
     save_global_runs(folder)
     dist.barrier()
     dist.destroy_process_group()

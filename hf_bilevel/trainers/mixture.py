@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Sampler
 from transformers import Trainer
 
+from hf_bilevel.cards import mixture_section
 from hf_bilevel.core.mixture import (
     DomainWeights,
     adjoint_step,
@@ -898,6 +899,26 @@ class MixtureMixin(ReferenceMixin):
         steps = [step for step, _ in self._trajectory]
         weights = [weights for _, weights in self._trajectory]
         return domain_weights_over_time(steps, weights, list(map(str, self.domain_names)), self.state.max_steps)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the Trainer's model card, with a table of the learned mixture and a picture of the weights over time.
+
+        Args:
+            *args: As for ``Trainer``.
+            **kwargs: As for ``Trainer``.
+        """
+        super().create_model_card(*args, **kwargs)
+        if not self.is_world_process_zero() or self._is_off() or not self._learns() or self._domains is None:
+            return
+        folder, picture = Path(self.args.output_dir), "mixture.png"
+        try:
+            self.plot_domain_weights().savefig(folder / picture)
+        except ImportError:  # the table says it too
+            picture = None
+        shares = {} if self._shares is None or self._is_stream else self._named(self._shares)
+        card = folder / "README.md"
+        section = mixture_section(shares, self.mixture, self.inner_steps, picture)
+        card.write_text(card.read_text(encoding="utf-8").rstrip() + "\n\n" + section, encoding="utf-8")
 
     # State, logging, facts ------------------------------------------------------------------------------------------
 
