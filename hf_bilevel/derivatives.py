@@ -5,6 +5,7 @@
 and the directional derivative of every sample's loss.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -33,6 +34,9 @@ class LowerBlocks:
     between an optimizer's step and ``merge``; so the model stays a normal model. For ``nn.Linear`` the layer then keeps its
     input times the basis, r wide, instead of its input for the backward pass. Weights of convolutions count as matrices of
     shape (out, everything else); they save gradient and optimizer state, not activations.
+
+    A linear layer in a subspace must be called: what a model computes from its ``weight`` itself gives no gradient.
+    ``gradient`` looks for that once.
 
     Args:
         model: The model without wrappers. Parameters without ``requires_grad`` are constants.
@@ -97,6 +101,7 @@ class LowerBlocks:
             type(layer) is nn.Linear and "forward" not in vars(layer) and not layer._forward_hooks
             for layer in self._layers
         ]
+        self._looked = False  # for layers that no gradient reaches
 
     def _new_leaf(self, name: str, parameter: Tensor) -> Tensor:
         rows, dim = parameter.flatten(1).shape
@@ -179,6 +184,51 @@ class LowerBlocks:
                 module._parameters[name] = parameter
             for layer in patched:
                 del layer.forward  # uncovers the method of the class
+
+    def gradient(self, loss: Tensor, variables: list[Tensor]) -> list[Tensor]:
+        """Differentiate a loss that was computed with shifted weights.
+
+        Args:
+            loss: Scalar.
+            variables: What ``shifted`` gave; still inside of it.
+
+        Returns:
+            The gradient in coordinates, per block; zeros where none arrives.
+
+        Raises:
+            ValueError: In the first call, if the model reads the weights of a layer in a subspace without calling the layer.
+
+        Cost: a backward pass. The first call warns of layers in subspaces that no gradient reaches.
+        """
+        if self._looked:
+            return _gradients(loss, variables)
+        # Gradients by the weights themselves arrive only where they are read: else this computes nothing more.
+        fast = [i for i, is_fast in enumerate(self._fast) if is_fast]
+        weights = [self.parameters[i] for i in fast]
+        gradients = list(torch.autograd.grad(loss, [*variables, *weights], allow_unused=True))
+        read = [i for i, g in zip(fast, gradients[len(variables) :], strict=True) if g is not None]
+        if read:
+            raise ValueError(
+                f"`{type(self.model).__name__}` reads the weights of layers without calling them: {self._listed(read)}. In a "
+                "subspace they would get no gradient. Leave them out by naming the layers to project in `modules`, or use "
+                "`rank='full'`."
+            )
+        gradients = gradients[: len(variables)]
+        missing = [i for i in self.projected if gradients[i] is None]
+        self._looked = True
+        if missing:
+            warnings.warn(
+                f"In the first training step no gradient reached {len(missing)} of {len(self.projected)} layers in subspaces: "
+                f"{self._listed(missing)}. If the loss does not depend on them, or only for other samples, nothing is lost. "
+                "Otherwise they are not trained: leave them out by naming the layers to project in `modules`, or use "
+                "`rank='full'`.",
+                stacklevel=2,
+            )
+        return [torch.zeros_like(v) if g is None else g for g, v in zip(gradients, variables, strict=True)]
+
+    def _listed(self, blocks: list[int]) -> str:
+        names = [f"`{self.names[i].removesuffix('.weight')}`" for i in blocks]
+        return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
     @contextmanager
     def full_space(self, stand_ins: list[Tensor] | None = None) -> Iterator[list[Tensor]]:
@@ -274,7 +324,7 @@ def gradient_at_weights(blocks: LowerBlocks, compute: WeightedLosses) -> tuple[T
     """
     with blocks.shifted() as variables:
         losses, coefficients = compute()
-        return losses.detach(), _gradients((losses * coefficients).sum(), variables)
+        return losses.detach(), blocks.gradient((losses * coefficients).sum(), variables)
 
 
 class FiniteDifferences:
@@ -338,7 +388,7 @@ class FiniteDifferences:
     def _evaluate(self, direction: list[Tensor], step: Tensor) -> tuple[list[Tensor], Tensor]:
         with self.blocks.shifted(direction, step) as variables:
             losses, coefficients = self.compute()
-            return _gradients((losses * coefficients).sum(), variables), losses.detach()
+            return self.blocks.gradient((losses * coefficients).sum(), variables), losses.detach()
 
     @torch.no_grad()
     def slopes(self, direction: list[Tensor]) -> Tensor:

@@ -3,12 +3,14 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto import modeling_auto
 
@@ -16,7 +18,10 @@ IGNORE_INDEX = -100
 """Labels with this value are not predicted, as everywhere in transformers."""
 
 LARGE_VOCABULARY = 30_000
-"""From this many classes on, scoring never materialises the logits of a whole batch."""
+"""From this many classes on, the logits of a whole batch never exist at once."""
+
+CHUNK = 8 * 2**20
+"""Logits of a large vocabulary that exist at a time. They and two copies inside the cross-entropy take 3 * 32 MiB."""
 
 TOKEN_HEADS = ("causal_lm", "masked_lm", "seq2seq_lm", "token_classification")
 LM_HEADS = ("causal_lm", "masked_lm", "seq2seq_lm")
@@ -243,8 +248,9 @@ def unit_losses(
     Exact: ``unit_losses(...).mean()`` equals the model's own loss on the batch, for every supported head, with label
     shift, ignored labels, label smoothing, packed rows, and through DDP and PEFT wrappers.
 
-    Under ``torch.no_grad()`` and with a vocabulary of at least ``LARGE_VOCABULARY`` the logits of the whole batch never
-    exist: the hidden states before the output embedding are scored in chunks.
+    With a vocabulary of at least ``LARGE_VOCABULARY`` the logits of the whole batch never exist: the hidden states before
+    the output embedding are scored in chunks, and the backward pass computes the logits of a chunk again. Two exceptions:
+    models that process the logits further (Gemma, Cohere, BART), and the first call for a model if it is with gradients.
 
     Args:
         model: The model, in the mode (train or eval) in which it is to be evaluated.
@@ -260,7 +266,7 @@ def unit_losses(
         ValueError: If the head is not known, or has no tokens, or the user's function returns something else than one
             loss per sample.
 
-    Cost: one forward pass.
+    Cost: one forward pass; the backward pass of a large vocabulary repeats the output embedding, and nothing else.
 
     Example:
         >>> from transformers import BertConfig, BertForSequenceClassification
@@ -280,8 +286,7 @@ def unit_losses(
         raise ValueError(unsupported_head(model, granularity))
     inputs = forward_inputs(model, head, batch)
     if head in TOKEN_HEADS:
-        materialise = torch.is_grad_enabled() or "labels" in inputs
-        output_embedding = None if materialise else _large_output_embedding(model, head)
+        output_embedding = None if "labels" in inputs else _large_output_embedding(model, head)
         if output_embedding is None:
             tokens = token_losses_from_logits(head, _logits(model(**inputs)), batch, label_smoothing)
         else:
@@ -383,10 +388,14 @@ def _chunked_token_losses(
     batch: Mapping[str, Any],
     label_smoothing: float,
 ) -> UnitLosses:
-    """Score without the logits of the whole batch."""
+    """Score without the logits of the whole batch; with gradients, compute those of a chunk again in the backward pass."""
     # The model runs with an output embedding that records its input and answers for the first position only. PyTorch's
     # linear_cross_entropy is not used: its chunked path prepares gradients in the forward pass (measured on a CPU, 1,024
     # tokens, 49,152 classes: 10 s against 1.5 s) and rounds the losses of bfloat16 inputs to bfloat16.
+    base = unwrap(model)
+    # The first call finds out whether the chunks are the model's logits. If it has gradients they are all computed at once:
+    # a second run would draw other dropout masks and move running statistics again.
+    whole = torch.is_grad_enabled() and not hasattr(base, "_bilevel_scores_logits")
     recorded: list[tuple[Tensor, Tensor, torch.autocast]] = []
     forward, patched = output_embedding.forward, vars(output_embedding).get("forward")
 
@@ -394,46 +403,49 @@ def _chunked_token_losses(
         # Accelerate's autocast ends with the model's forward pass, so it is entered again below.
         kind = hidden.device.type
         autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-        first = forward(hidden[:, :1])
-        recorded.append((hidden, first, autocast))
-        return first
+        logits = forward(hidden if whole else hidden[:, :1])
+        recorded.append((hidden, logits[:, :1], autocast))
+        return logits
 
     output_embedding.forward = record
     try:
-        first_logits = _logits(model(**inputs))
+        logits = _logits(model(**inputs))
     finally:
         if patched is None:
             del output_embedding.forward  # uncovers the method of the class
         else:
             output_embedding.forward = patched
-    if len(recorded) != 1:  # a model that applies the layer in its own way
-        return token_losses_from_logits(head, _logits(model(**inputs)), batch, label_smoothing)
-    ((hidden, first, autocast),) = recorded
-    base = unwrap(model)
     if not hasattr(base, "_bilevel_scores_logits"):
-        # Once per model: some models scale or cap the logits after this layer (Gemma, Cohere, Granite). To the last
-        # bit: near 0, where a model trained from scratch starts, a cap is almost the identity.
-        base._bilevel_scores_logits = not torch.equal(first_logits, first.to(first_logits.dtype))
-        if base._bilevel_scores_logits:
-            return token_losses_from_logits(head, _logits(model(**inputs)), batch, label_smoothing)
+        # Once per model: some models apply this layer in their own way, or scale or cap the logits after it (Gemma, Cohere,
+        # Granite). To the last bit: near 0, where a model trained from scratch starts, a cap is almost the identity.
+        base._bilevel_scores_logits = len(recorded) != 1 or not torch.equal(
+            logits[:, :1], recorded[0][1].to(logits.dtype)
+        )
+    if whole:
+        return token_losses_from_logits(head, logits, batch, label_smoothing)
+    if base._bilevel_scores_logits or len(recorded) != 1:
+        return token_losses_from_logits(head, _logits(model(**inputs)), batch, label_smoothing)
+    ((hidden, _, autocast),) = recorded
 
     labels = _aligned_labels(head, batch)
     if hidden.shape[:2] != labels.shape:
         raise ValueError(_misaligned(hidden, labels))
-    # A chunk's logits, and two copies of them inside the cross-entropy, stay near 3 * 32 MiB.
-    rows = max(1, 8 * 2**20 // output_embedding.weight.shape[0])
+    rows = max(1, CHUNK // output_embedding.weight.shape[0])
     chunks = zip(hidden.flatten(0, 1).split(rows), labels.flatten().split(rows), strict=True)
-    with autocast:
-        losses = torch.cat(
-            [
-                F.cross_entropy(
-                    _wide(forward(hidden_rows)),
-                    label_rows,
-                    reduction="none",
-                    ignore_index=IGNORE_INDEX,
-                    label_smoothing=label_smoothing,
-                )
-                for hidden_rows, label_rows in chunks
-            ]
+
+    def chunk_losses(hidden_rows: Tensor, label_rows: Tensor) -> Tensor:
+        return F.cross_entropy(
+            _wide(forward(hidden_rows)),
+            label_rows,
+            reduction="none",
+            ignore_index=IGNORE_INDEX,
+            label_smoothing=label_smoothing,
         )
+
+    if torch.is_grad_enabled():
+        # Only a bare linear layer is sure to draw no random numbers; LoRA's dropout must draw the same again.
+        draws = type(output_embedding) is not nn.Linear
+        chunk_losses = partial(checkpoint, chunk_losses, use_reentrant=False, preserve_rng_state=draws)
+    with autocast:
+        losses = torch.cat([chunk_losses(*chunk) for chunk in chunks])
     return UnitLosses(losses.view(labels.shape), (labels != IGNORE_INDEX).long())

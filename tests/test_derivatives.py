@@ -13,6 +13,7 @@ from tiny import VOCABULARY, make_model, make_rows, wide_norms
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, ResNetConfig, ResNetForImageClassification
 
+from hf_bilevel import losses as losses_module
 from hf_bilevel.core.subspace import bi_probe, lift, two_sided
 from hf_bilevel.derivatives import (
     RELATIVE_STEP,
@@ -22,6 +23,7 @@ from hf_bilevel.derivatives import (
     gradient_at_weights,
     preserved_buffers,
 )
+from hf_bilevel.losses import unit_losses
 
 
 class Toy(nn.Module):
@@ -737,6 +739,64 @@ def test_checkpointing_gives_the_same_numbers(kind: str, name: str, dropout: flo
         results.append([*action, *oracle.gradient, oracle.slopes(case.direction), *gradient, torch.get_rng_state()])
     for plain, checkpointed in zip(*results, strict=True):
         torch.testing.assert_close(checkpointed, plain, rtol=1e-9, atol=1e-9)
+
+
+class LargeVocabulary(Case):
+    """Losses by ``unit_losses``, with label smoothing."""
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            losses = unit_losses(self.model, self.batch, "sample", label_smoothing=0.1).losses
+        return losses.to(self.coefficients.dtype), self.coefficients
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [("llama", {}), ("tied", {}), ("llama", {"modules": ["lm_head", "q_proj"]}), ("llama", {"rest": "frozen"})],
+)
+def test_output_embedding_in_chunks_gives_the_same_numbers(
+    kind: str, name: str, kwargs: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The output embedding in full space, tied, in a subspace, and constant."""
+    monkeypatch.setattr(losses_module, "CHUNK", 16 * VOCABULARY)  # of 5 * 12 rows
+    results = []
+    for chunks in (False, True):
+        monkeypatch.setattr(losses_module, "LARGE_VOCABULARY", VOCABULARY if chunks else VOCABULARY + 1)
+        case = LargeVocabulary(name, **kwargs)
+        with torch.no_grad():
+            case()
+        assert hasattr(case.model, "_bilevel_scores_logits") == chunks
+        oracle = oracle_of(kind, case)
+        direction = case.matrices_of_direction()
+        action = oracle.hessian_action(direction)
+        _, gradient = gradient_at_weights(case.blocks, case)
+        fresh = oracle_of(kind, case)
+        results.append([*action, *oracle.gradient, oracle.slopes(direction), fresh.slopes(direction), *gradient])
+    # Differences of gradients lose digits of what is the same to the last one or two.
+    tolerance = 1e-10 if kind == "double_backward" else 1e-9
+    for whole, chunked in zip(*results, strict=True):
+        assert whole.abs().max() > 1e-5
+        torch.testing.assert_close(chunked, whole, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_output_embedding_in_chunks_in_bfloat16(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses_module, "CHUNK", 16 * VOCABULARY)
+    results = []
+    for chunks in (False, True):
+        monkeypatch.setattr(losses_module, "LARGE_VOCABULARY", VOCABULARY if chunks else VOCABULARY + 1)
+        case = LargeVocabulary("llama", dtype=torch.float32)
+        case.autocast = True
+        with torch.no_grad():
+            case()
+        oracle = oracle_of(kind, case)
+        action = oracle.hessian_action(case.matrices_of_direction())
+        assert all(h.isfinite().all() for h in action)
+        results.append((action, oracle.gradient))
+    (action, gradient), (chunked_action, chunked_gradient) = results
+    assert relative_error(chunked_gradient, gradient) < 0.02
+    assert relative_error(chunked_action, action) < 0.2
 
 
 @pytest.mark.parametrize("kind", KINDS)

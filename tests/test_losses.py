@@ -721,7 +721,7 @@ def test_evaluating_restores_the_flag_of_each_module() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Large vocabularies, without gradients
+# Large vocabularies
 
 
 class LargestTensor(TorchDispatchMode):
@@ -735,7 +735,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-MOST = 8 * 2**20  # logits that may exist at a time
+MOST = 8 * 2**20  # logits that may exist at a time, written out
 ROWS, LENGTH = 2, 150
 
 
@@ -796,7 +796,17 @@ POSTPROCESSING_MODELS: dict[str, Callable[[], nn.Module]] = {
 
 @lru_cache
 def large(name: str) -> nn.Module:
-    return (LARGE_MODELS | POSTPROCESSING_MODELS)[name]()
+    model = (LARGE_MODELS | POSTPROCESSING_MODELS)[name]()
+    with torch.no_grad():
+        unit_losses(model, text_batch(LARGE, 2, 4), "token")  # finds out whether chunks can be scored
+    return model
+
+
+def whole(model: nn.Module, batch: Batch, granularity: str = "token", **kwargs: Any) -> UnitLosses:
+    """With the logits of the whole batch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(losses_module, "LARGE_VOCABULARY", LARGE + 1)
+        return unit_losses(model, batch, granularity, **kwargs)
 
 
 def test_large_vocabulary_is_one() -> None:
@@ -806,20 +816,96 @@ def test_large_vocabulary_is_one() -> None:
 @pytest.mark.parametrize("name", LARGE_MODELS)
 def test_large_vocabulary_is_scored_in_chunks(name: str) -> None:
     model, batch = large(name), large_batch()
-    with LargestTensor() as with_gradients:
-        expected = unit_losses(model, batch, "token")
-    assert with_gradients.numel >= ROWS * LENGTH * LARGE  # else the next assertion on sizes is vacuous
+    with LargestTensor() as materialised:
+        expected = whole(model, batch)
+    assert materialised.numel >= ROWS * LENGTH * LARGE  # else the next assertions on sizes are vacuous
     with LargestTensor() as without_gradients, torch.no_grad():
         tokens = unit_losses(model, batch, "token")
+    with LargestTensor() as with_gradients:
+        trained = unit_losses(model, batch, "token")
+        actual_gradients = gradients(model, trained.mean())
     assert LARGE <= without_gradients.numel <= MOST
+    assert LARGE <= with_gradients.numel <= MOST
 
-    assert expected.losses.requires_grad and not tokens.losses.requires_grad
+    assert expected.losses.requires_grad and trained.losses.requires_grad and not tokens.losses.requires_grad
     assert expected.losses[expected.valid].std() > 1e-2
+    assert_same(trained.losses, expected.losses)
     assert_same(tokens.losses, expected.losses.detach())
-    assert torch.equal(tokens.counts, expected.counts)
+    assert torch.equal(tokens.counts, expected.counts) and torch.equal(trained.counts, expected.counts)
+    expected_gradients = gradients(model, expected.mean())
+    assert max(gradient.abs().max() for gradient in expected_gradients) > 1e-3
+    for actual, expected_gradient in zip(actual_gradients, expected_gradients, strict=True):
+        assert_same(actual, expected_gradient)
     with torch.no_grad():
         assert_same(unit_losses(model, batch, "sample").losses, per_sample(expected).losses.detach())
         assert_same(tokens.mean(), model(**batch).loss)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied"])
+def test_large_vocabulary_can_be_differentiated_twice(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses_module, "CHUNK", 16 * LARGE)
+    model, batch = large(name), text_batch(LARGE, ROWS, 20)
+    results = []
+    for compute in (whole, unit_losses):
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            losses = compute(model, batch, "sample", label_smoothing=0.1).losses
+            parameters = list(model.parameters())
+            first = torch.autograd.grad(losses.square().sum(), parameters, create_graph=True)
+            along = sum((g * p.detach().cos()).sum() for g, p in zip(first, parameters, strict=True))
+            second = torch.autograd.grad(along, parameters, retain_graph=True)
+            again = torch.autograd.grad(along, parameters)
+        assert all(torch.equal(a, b) for a, b in zip(second, again, strict=True))
+        results.append(second)
+    assert max(action.abs().max() for action in results[0]) > 1e-3
+    for expected, actual in zip(*results, strict=True):
+        assert_same(actual, expected)
+
+
+def test_large_vocabulary_repeats_dropout_of_the_output_embedding() -> None:
+    """Of adapters: a chunk that is computed again must draw the same mask."""
+    model = lora(llama(LARGE), target_modules=["lm_head"], lora_dropout=0.5).train()
+    batch = large_batch()
+    with torch.no_grad():
+        unit_losses(model, batch, "token")
+    adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    torch.manual_seed(4)
+    losses = unit_losses(model, batch, "sample").losses
+    state = torch.get_rng_state()
+    actual = torch.autograd.grad(losses.sum(), adapters)
+    assert torch.equal(torch.get_rng_state(), state)
+    step, slope = 1e-5, sum(float((g * g).sum()) for g in actual)
+    assert slope > 1e-3
+    moved = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for parameter, gradient in zip(adapters, actual, strict=True):
+                parameter.add_(gradient, alpha=sign * step)
+            torch.manual_seed(4)
+            moved.append(float(unit_losses(model, batch, "sample").losses.sum()))
+            for parameter, gradient in zip(adapters, actual, strict=True):
+                parameter.sub_(gradient, alpha=sign * step)
+    assert abs((moved[0] - moved[1]) / (2 * step) - slope) < 1e-5 * slope
+
+
+def test_large_vocabulary_computes_only_the_output_embedding_again() -> None:
+    model, batch = llama(LARGE), large_batch()
+    with torch.no_grad():
+        unit_losses(model, batch, "token")
+    layers, rows, forward = [], [], model.lm_head.forward
+    model.model.layers[0].register_forward_pre_hook(lambda *_: layers.append(1))
+
+    def counted(hidden: Tensor) -> Tensor:
+        rows.append(hidden.shape[:-1].numel())
+        return forward(hidden)
+
+    model.lm_head.forward = counted
+    losses = unit_losses(model, batch, "sample").losses
+    per_chunk = MOST // LARGE
+    chunks = [per_chunk, ROWS * LENGTH - per_chunk]
+    assert len(layers) == 1 and rows == [ROWS, *chunks]  # first the first position of every row
+    losses.sum().backward()
+    assert len(layers) == 1 and sorted(rows[3:]) == sorted(chunks)
+    assert vars(model.lm_head)["forward"] is counted
 
 
 def test_parts_of_the_output_embeddings_are_all_in_play() -> None:
@@ -840,15 +926,17 @@ def test_parts_of_the_output_embeddings_are_all_in_play() -> None:
 @pytest.mark.parametrize("name", ["llama", "bert_mlm"])
 def test_large_vocabulary_with_label_smoothing(name: str) -> None:
     model, batch = large(name), large_batch()
-    expected = unit_losses(model, batch, "token", label_smoothing=0.2).losses.detach()
-    with torch.no_grad():
-        assert_same(unit_losses(model, batch, "token", label_smoothing=0.2).losses, expected)
+    expected = whole(model, batch, label_smoothing=0.2).mean()
+    actual = unit_losses(model, batch, "token", label_smoothing=0.2).mean()
+    assert_same(actual, expected)
+    for of_actual, of_expected in zip(gradients(model, actual), gradients(model, expected), strict=True):
+        assert_same(of_actual, of_expected)
 
 
 def test_large_vocabulary_with_shifted_labels() -> None:
     model, batch = large("llama"), large_batch()
     batch["shift_labels"] = batch.pop("labels")
-    expected = unit_losses(model, batch, "token")
+    expected = whole(model, batch)
     with torch.no_grad():
         tokens = unit_losses(model, batch, "token")
     assert_same(tokens.losses, expected.losses.detach())
@@ -858,7 +946,7 @@ def test_large_vocabulary_with_shifted_labels() -> None:
 def test_large_vocabulary_in_half_precision() -> None:
     model = llama(LARGE).bfloat16()
     batch = large_batch()
-    expected = unit_losses(model, batch, "token").losses.detach()
+    expected = whole(model, batch).losses.detach()
     with torch.no_grad():
         losses = unit_losses(model, batch, "token").losses
     assert losses.dtype == expected.dtype == torch.float32
@@ -866,19 +954,30 @@ def test_large_vocabulary_in_half_precision() -> None:
     assert (losses != losses.bfloat16()).any()
 
 
+def join(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
 @pytest.mark.parametrize("name", ["llama", "bert_mlm", "t5"])
-def test_large_vocabulary_in_mixed_precision(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_vocabulary_in_mixed_precision(name: str) -> None:
     """Accelerate puts autocast around the forward pass alone, and what reaches the output embedding may be bfloat16."""
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     model, batch = accelerator.prepare_model(LARGE_MODELS[name]().to(torch.float32)), large_batch()
     with torch.no_grad():
         tokens = unit_losses(model, batch, "token")
-        monkeypatch.setattr(losses_module, "LARGE_VOCABULARY", LARGE + 1)
-        whole = unit_losses(model, batch, "token")
-    assert tokens.losses.dtype == whole.losses.dtype == torch.float32
+        expected = whole(model, batch)
+    assert tokens.losses.dtype == expected.losses.dtype == torch.float32
     # The same bfloat16 logits: the losses are mostly equal, which those of float32 logits would not be.
-    assert (tokens.losses == whole.losses)[whole.valid].double().mean() > 0.9
-    assert_same(tokens.losses, whole.losses, atol=0.1)
+    assert (tokens.losses == expected.losses)[expected.valid].double().mean() > 0.9
+    assert_same(tokens.losses, expected.losses, atol=0.1)
+    assert not torch.is_autocast_enabled("cpu")
+
+    trained, expected = unit_losses(model, batch, "token"), whole(model, batch)
+    assert (trained.losses == expected.losses)[expected.valid].double().mean() > 0.9
+    actual, by_all_logits = (join(gradients(model, units.mean())) for units in (trained, expected))
+    assert actual.dtype == torch.float32 and actual.isfinite().all()
+    # In bfloat16 sums over chunks are rounded more often than one sum.
+    assert (actual - by_all_logits).norm() < 0.02 * by_all_logits.norm()
     assert not torch.is_autocast_enabled("cpu")
 
 
@@ -891,13 +990,22 @@ def test_large_vocabulary_through_ddp() -> None:
     assert sizes.numel <= MOST
     with torch.no_grad():
         assert_same(tokens.mean(), inner(**batch).loss)
+    try:
+        with LargestTensor() as sizes:
+            unit_losses(model, batch, "token").mean().backward()
+        assert sizes.numel <= MOST
+        for actual, expected in zip(inner.parameters(), gradients(inner, whole(inner, batch).mean()), strict=True):
+            assert_same(actual.grad, expected)
+    finally:
+        inner.zero_grad()
 
 
+@pytest.mark.parametrize("gradient", [True, False])
 @pytest.mark.parametrize("name", LARGE_MODELS)
-def test_large_vocabulary_costs_one_forward_pass(name: str) -> None:
+def test_large_vocabulary_costs_one_forward_pass(name: str, gradient: bool) -> None:
     model, batch, calls = LARGE_MODELS[name](), text_batch(LARGE), []  # a fresh model: nothing is known of its head
     model.register_forward_pre_hook(lambda *_: calls.append(1))
-    with torch.no_grad():
+    with torch.set_grad_enabled(gradient):
         for expected in (1, 2):
             unit_losses(model, batch, "token")
             assert len(calls) == expected
@@ -911,12 +1019,14 @@ def test_logits_that_are_processed_further_are_exact(name: str) -> None:
         outputs = model(**batch)
         bare = F.linear(_hidden(model, batch), model.get_output_embeddings().weight)
     assert (bare - outputs.logits).abs().max() > 1e-2  # something does happen after the output embedding
-    expected = unit_losses(model, batch, "token").losses.detach()
-    for _ in range(2):  # found out in the first call, remembered in the second
-        with torch.no_grad():
-            tokens = unit_losses(model, batch, "token")
-        assert_same(tokens.losses, expected)
-        assert_same(tokens.mean(), outputs.loss)
+    expected = whole(model, batch).losses.detach()
+    for gradient in (False, True, False):
+        model = POSTPROCESSING_MODELS[name]()
+        for _ in range(2):  # found out in the first call, remembered in the second
+            with torch.set_grad_enabled(gradient):
+                tokens = unit_losses(model, batch, "token")
+            assert_same(tokens.losses, expected)
+            assert_same(tokens.mean(), outputs.loss)
 
 
 def _hidden(model: nn.Module, batch: Batch) -> Tensor:
@@ -927,13 +1037,36 @@ def _hidden(model: nn.Module, batch: Batch) -> Tensor:
     return inputs[0]
 
 
-def test_logits_that_are_processed_further_cost_one_forward_pass_more_once() -> None:
+@pytest.mark.parametrize(("gradient", "expected"), [(False, (2, 3, 4)), (True, (1, 2, 3))])
+def test_logits_that_are_processed_further_cost_one_forward_pass_more_once(gradient: bool, expected: tuple) -> None:
+    """Without gradients; with them not even that, since a second pass would draw other dropout masks."""
     model, batch, calls = gemma(final_logit_softcapping=2.0), text_batch(LARGE, 2, 20), []
     model.register_forward_pre_hook(lambda *_: calls.append(1))
-    with torch.no_grad():
-        for expected in (2, 3, 4):
+    with torch.set_grad_enabled(gradient):
+        for num in expected:
             unit_losses(model, batch, "token")
-            assert len(calls) == expected
+            assert len(calls) == num
+
+
+class OwnHeadForCausalLM(LlamaForCausalLM):
+    """Reads the weights of its output embedding."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> tuple[Tensor]:
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return (F.linear(hidden, self.lm_head.weight),)
+
+
+def test_output_embedding_that_is_not_called() -> None:
+    called, batch = llama(LARGE), text_batch(LARGE, 2, 20)
+    expected = whole(called, batch).losses.detach()
+    for gradient in (True, False):
+        model, calls = OwnHeadForCausalLM(called.config).double(), []
+        model.load_state_dict(called.state_dict())
+        model.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        with torch.set_grad_enabled(gradient):
+            for num in (1, 2, 3) if gradient else (2, 3, 4):
+                assert_same(unit_losses(model, batch, "token").losses.detach(), expected)
+                assert len(calls) == num
 
 
 def test_cap_is_noticed_where_it_hardly_bends_the_logits() -> None:

@@ -91,7 +91,8 @@ class BrosConfig(BilevelConfig):
         rank: Rank of the subspaces: a whole number, a fraction of each layer's input size, or ``"full"`` for no subspaces.
             The adapters of a PEFT model are trained in full space.
         modules: Names, or ends of names, of the layers to put into subspaces; None for all linear layers and convolutions
-            but the output head and layers with tied weights.
+            but the output head and layers with tied weights. A linear layer whose ``weight`` the model reads without calling
+            the layer must not be among them; the first step looks for such layers.
         rest: All other parameters: ``"full"``, trained in full space, or ``"frozen"``.
         refresh_steps: Optimizer steps that share a subspace, or "auto".
         estimator: Of the Hessian action: ``"one_sided"``, ``"bi_probe"`` (two more passes) or ``"two_sided"``.

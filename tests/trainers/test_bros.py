@@ -1384,3 +1384,82 @@ def test_subspaces_that_do_not_cover_the_space_are_a_warning(tmp_path: Path) -> 
     with pytest.warns(UserWarning, match="cover the space of a layer 9.0 times; below 10"):
         train("vit", tmp_path, ten_times, max_steps=9)
     train("vit", tmp_path, {"rank": "full"}, max_steps=1)
+
+
+class Layers(nn.Module):
+    """Uses its second layer in a way of its own."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.ModuleDict({"first": nn.Linear(64, 8), "second": nn.Linear(8, 8)})
+        self.head = nn.Linear(8, 4)
+        self.how = how
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> tuple[Tensor, ...]:
+        hidden, second = self.body["first"](pixel_values.flatten(1)).tanh(), self.body["second"]
+        if self.how in ("called", "called and read"):
+            hidden = hidden + second(hidden)
+        if self.how in ("read", "called and read"):
+            hidden = hidden + F.linear(hidden, second.weight, second.bias)
+        if self.how == "detached":
+            hidden = hidden + F.linear(hidden, second.weight.detach(), second.bias)
+        logits = self.head(hidden)
+        return (logits,) if labels is None else (F.cross_entropy(logits, labels), logits)
+
+
+def train_layers(how: str, settings: dict[str, Any], folder: Path) -> Any:
+    def compute_sample_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch["pixel_values"])[0], batch["labels"], reduction="none")
+
+    extra = {"compute_sample_losses": compute_sample_losses}
+    return train("vit", folder, settings, model=Layers(how), trainer_kwargs=extra, max_steps=3)
+
+
+EVALUATIONS = [{}, {"upper_variable": "fixed"}, {"hessian_action": "double_backward"}, {"start_step": 2}]
+
+
+@pytest.mark.parametrize("settings", EVALUATIONS)
+@pytest.mark.parametrize("how", ["read", "called and read"])
+def test_weights_that_are_read_without_a_call_are_refused(how: str, settings: dict, tmp_path: Path) -> None:
+    message = (
+        r"`Layers` reads the weights of layers without calling them: `body.second`. In a subspace .* by naming the layers to "
+        r"project in `modules`, or use `rank='full'`"
+    )
+    with pytest.raises(ValueError, match=message):
+        train_layers(how, {"rank": 0.5, **settings}, tmp_path)
+    for remedy in ({"rank": 0.5, "modules": ["first"]}, {"rank": "full"}):
+        trainer = train_layers(how, {**settings, **remedy}, tmp_path)  # warnings are errors
+        assert not torch.equal(trainer.model.body.second.weight, Layers(how).body.second.weight)
+
+
+@pytest.mark.parametrize("settings", EVALUATIONS)
+@pytest.mark.parametrize("how", ["unused", "detached"])
+def test_layers_that_no_gradient_reaches_are_a_warning(how: str, settings: dict, tmp_path: Path) -> None:
+    message = (
+        "In the first training step no gradient reached 1 of 2 layers in subspaces: `body.second`. If the loss does not depend "
+        "on them, or only for other samples, nothing is lost. Otherwise .* naming the layers to project in `modules`, or use `rank='full'`"
+    )
+    with pytest.warns(UserWarning, match=message) as record:
+        train_layers(how, {"rank": 0.5, **settings}, tmp_path)
+    assert sum("no gradient reached" in str(warning.message) for warning in record) == 1  # not at every step
+    for remedy in ({"modules": ["first"]}, {"rank": "full"}):
+        train_layers(how, {"rank": 0.5, **settings, **remedy}, tmp_path)
+
+
+@pytest.mark.parametrize("settings", EVALUATIONS)
+def test_looking_for_unreached_layers_changes_nothing(settings: dict, tmp_path: Path, monkeypatch: Any) -> None:
+    runs = []
+    for looked in (False, True):
+        begin = BrosTrainer._begin_training
+
+        def begin_training(self: Any, looked: bool = looked, begin: Any = begin) -> None:
+            begin(self)
+            self.blocks._looked = looked
+
+        with monkeypatch.context() as patch:
+            patch.setattr(BrosTrainer, "_begin_training", begin_training)
+            trainer = train_layers("called", {"rank": 0.5, **settings}, tmp_path)
+        assert trainer.blocks._looked
+        runs.append(parameters_of(trainer))
+    assert torch.equal(*runs)
