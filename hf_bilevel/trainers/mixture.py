@@ -480,7 +480,7 @@ class MixtureMixin(ReferenceMixin):
             if (step + self.reference_steps) % inner_steps == 0:
                 self._begin_twin()
             if self._twin is not None:
-                self._record_for_twin(batches, origins)
+                self._record_for_twin(batches, origins, num_items)
         if self._is_stream:
             self._recent.extend(
                 {"batch": plain_copy(b), "domain_ids": o.domain_ids} for b, o in zip(batches, origins, strict=True)
@@ -523,12 +523,16 @@ class MixtureMixin(ReferenceMixin):
         self.reference.synchronise()
         self._twin = {"optimizer": copy.deepcopy(self.optimizer.state_dict()), "steps": []}
 
-    def _record_for_twin(self, batches: list[Any], origins: list[Origin]) -> None:
+    def _record_for_twin(self, batches: list[Any], origins: list[Origin], num_items: Any) -> None:
         multipliers = None
         if self._weights_losses():
             multipliers = [self._multipliers(origin) for origin in origins]
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        self._twin["steps"].append({"batches": batches, "multipliers": multipliers, "rates": rates})
+        if num_items is not None and self.args.average_tokens_across_devices:
+            num_items = num_items / self.args.world_size  # of all processes, whose gradients are averaged
+        self._twin["steps"].append(
+            {"batches": batches, "multipliers": multipliers, "rates": rates, "num_items": num_items}
+        )
 
     def _reference_optimizer(self, reference: nn.Module) -> torch.optim.Optimizer:
         optimizer = self._fresh_optimizer(reference)
@@ -560,7 +564,9 @@ class MixtureMixin(ReferenceMixin):
                 multipliers = torch.ones_like(units.losses)
                 if steps[k]["multipliers"] is not None:
                     multipliers = steps[k]["multipliers"][i].to(units.losses)
-                num_items = units.counts.sum().clamp(min=1) * len(batches)
+                num_items = steps[k]["num_items"]
+                if num_items is None:  # the loss of a micro-batch is a mean of its own
+                    num_items = units.counts.sum().clamp(min=1) * len(batches)
                 coefficients = loss_coefficients(multipliers, units.counts, num_items, normalise=False)
                 yield (units.losses * coefficients).sum()
             yield self._losses(reference, self._draw_target_batch()).mean() / penalty
