@@ -903,7 +903,7 @@ class MixtureMixin(ReferenceMixin):
         }
         if self._learns():
             state["target_position"] = self._target_loader.position
-            state["reference"] = self._reference_state()
+            state["reference"] = {} if self.reference is None else self._reference_state()
             state["twin_optimizer"] = None if self._twin is None else _on_cpu(self._twin["optimizer"])
             state["tape"] = [_on_cpu({"weights": e["weights"], "rates": e["rates"]}) for e in self._tape]
         return state
