@@ -731,10 +731,18 @@ class MixtureMixin(ReferenceMixin):
     ) -> Any:
         """Compute the Trainer's loss, each sample's times its domain's weight over its share with ``"weight"``."""
         if model.training and self._pending and self._weights_losses():
-            model = _WeightedModel(self, model, self._multipliers(self._pending.popleft()))
-        return super().compute_loss(
-            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-        )
+            multipliers = self._multipliers(self._pending.popleft())
+            model = _WeightedModel(self, model, dict(inputs), multipliers, num_items_in_batch)
+        own = self.label_smoother, self.compute_loss_func
+        if isinstance(model, _WeightedModel):  # its loss is complete
+            self.label_smoother = None if own[0] is None else _AsComputed(own[0].epsilon)
+            self.compute_loss_func = None if own[1] is None else _AsComputed()
+        try:
+            return super().compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
+        finally:
+            self.label_smoother, self.compute_loss_func = own
 
     # Evaluation -----------------------------------------------------------------------------------------------------
 
@@ -962,22 +970,34 @@ class MixtureMixin(ReferenceMixin):
 class _WeightedModel:
     """Stands in for the model in ``compute_loss``: the loss with each sample's multiplier."""
 
-    def __init__(self, trainer: MixtureMixin, model: nn.Module, multipliers: Tensor) -> None:
+    def __init__(
+        self, trainer: MixtureMixin, model: nn.Module, batch: dict[str, Any], multipliers: Tensor, num_items: Any
+    ) -> None:
         self._trainer = trainer
         self._model = model
+        self._batch = batch
         self._multipliers = multipliers
+        self._num_items = num_items
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def __call__(self, **inputs: Any) -> dict[str, Tensor]:
-        num_items = inputs.pop("num_items_in_batch", None)
-        units = self._trainer._losses(self._model, inputs)
-        if num_items is None:
-            num_items = units.counts.sum().clamp(min=1)
+    def __call__(self, **_: Any) -> dict[str, Tensor]:
+        units = self._trainer._losses(self._model, self._batch)  # with the labels, which the Trainer may have taken out
+        num_items = units.counts.sum().clamp(min=1) if self._num_items is None else self._num_items
         multipliers = self._multipliers.to(units.losses)
         coefficients = loss_coefficients(multipliers, units.counts, num_items, normalise=False)
         return {"loss": (units.losses * coefficients).sum()}
+
+
+class _AsComputed:
+    """Stands in for a label smoother or a ``compute_loss_func`` where the model's loss is already what is wanted."""
+
+    def __init__(self, epsilon: float = 0.0) -> None:
+        self.epsilon = epsilon
+
+    def __call__(self, outputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        return outputs["loss"]
 
 
 def _read_mixture(given: Mapping[str, float] | str | os.PathLike) -> dict[str, float]:
