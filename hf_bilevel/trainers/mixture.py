@@ -202,6 +202,7 @@ class MixtureMixin(ReferenceMixin):
         self._equals_pool = False
         self._draws: MixtureDraws | None = None
         self._domains: DomainWeights | None = None
+        self._trajectory: list[tuple[int, list[float]]] = []  # steps at which the weights changed, weights
         self._twin: dict[str, Any] | None = None  # what the twin will repeat
         self._tape: list[dict[str, Any]] = []  # what is unrolled
         if isinstance(train_dataset, Mapping):
@@ -367,6 +368,8 @@ class MixtureMixin(ReferenceMixin):
         self._equals_pool = (
             fixed is not None and not self._is_stream and bool(torch.isclose(fixed, self._shares, atol=1e-9).all())
         )
+        if self._equals_pool:
+            self._trajectory = [(0, self._shares.tolist())]
         self._rows = (
             [(self._domain_ids == j).nonzero().flatten() for j in range(num)] if self._domain_ids is not None else None
         )
@@ -420,7 +423,7 @@ class MixtureMixin(ReferenceMixin):
             uniform = torch.full((num,), 1 / num, dtype=torch.float64)
             weights = uniform if config.initial_weights == "uniform" or self._shares is None else self._shares
         self._domains = DomainWeights(weights, config.update_rule, config.smoothing, config.min_weight)
-        self._trajectory: list[tuple[int, list[float]]] = [(0, weights.tolist())]
+        self._trajectory = [(0, weights.tolist())]
         self._gaps: list[float] | None = None  # the last hypergradient
         self._seen_step = -1
         self._counted = torch.zeros(num, dtype=torch.float64)  # samples of a stream, by domain
