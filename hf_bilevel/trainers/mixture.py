@@ -692,6 +692,7 @@ class MixtureMixin(ReferenceMixin):
         hypergradient = torch.zeros_like(weights)
         try:
             with preserved_buffers(self.model), sdpa_kernel(SDPBackend.MATH):
+                self.model.train()  # an evaluation may lie between
                 loss = self._losses(self.model, self._draw_target_batch()).mean()
                 adjoint = list(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
                 for entry in reversed(self._tape):
@@ -708,7 +709,9 @@ class MixtureMixin(ReferenceMixin):
                 for p, value in zip(parameters, now, strict=True):
                     p.copy_(value)
         self._tape = []
-        return hypergradient.double().cpu()
+        if not self._weights_losses():  # nothing was drawn of a domain without weight
+            hypergradient = hypergradient.where(weights.detach() > 0, torch.nan)
+        return self._known(hypergradient.double().cpu())
 
     def _replayed_loss(self, entry: dict[str, Any], weights: Tensor) -> Tensor:
         """Compute the loss of a step again, as a function of the domain weights."""
@@ -718,7 +721,8 @@ class MixtureMixin(ReferenceMixin):
                 units = self._losses(self.model, self._prepare_inputs(inputs))
             if num_items is None or not self.model_accepts_loss_kwargs:
                 num_items = units.counts.sum() * len(entry["batches"])
-            multipliers = (weights / drawn.to(weights))[domain_ids.to(weights.device)]
+            ids = domain_ids.to(weights.device)
+            multipliers = weights[ids] / drawn.to(weights)[ids]
             total = (
                 total + (units.losses * loss_coefficients(multipliers, units.counts, num_items, normalise=False)).sum()
             )
