@@ -195,6 +195,7 @@ class MixtureMixin(ReferenceMixin):
         mixture: Mapping[str, float] | str | os.PathLike | None = None,
         **kwargs: Any,
     ) -> None:
+        self._given_optimizer = (kwargs.get("optimizers") or (None, None))[0]
         self._pending: deque[Origin] = deque()  # of the micro-batches of this step that are still to come
         self._given_mixture = None if mixture is None else _read_mixture(mixture)
         self._joined: tuple[Tensor | None, list[str]] | None = None
@@ -291,6 +292,12 @@ class MixtureMixin(ReferenceMixin):
         self._check_target_dataset()
         if config.hypergradient == "penalty":
             self._check_reference("dynamic")
+            if self._given_optimizer is not None:
+                raise ValueError(
+                    "`hypergradient='penalty'` builds an optimizer for the twin as the Trainer builds its own, so it cannot "
+                    "take one that is given as `optimizers`. Name it in `optim`, pass `optimizer_cls_and_kwargs`, or override "
+                    "`create_optimizer`."
+                )
         elif self.reference_model is not None:
             warnings.warn(f"`reference_model` is ignored by {type(self).__name__}.", stacklevel=5)
         if config.hypergradient == "unrolled":
@@ -298,7 +305,8 @@ class MixtureMixin(ReferenceMixin):
         self._check_losses(self.target_dataset)
 
     def _check_unrolled(self) -> None:
-        plain = self.args.optim == "sgd" if self.optimizer is None else type(self.optimizer) is torch.optim.SGD
+        given = self._given_optimizer
+        plain = self.args.optim == "sgd" if given is None else type(given) is torch.optim.SGD
         if not plain or self.args.optim_args and "momentum" in self.args.optim_args:
             raise ValueError(
                 "`hypergradient='unrolled'` differentiates through the optimizer's steps, which it can for SGD without momentum "
