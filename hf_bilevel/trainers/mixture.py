@@ -806,11 +806,15 @@ class MixtureMixin(ReferenceMixin):
         domain_ids, names = read_domains(given, column)
         self._evaluated = (list(map(str, names)), torch.zeros(2, len(names), device=self.args.device))
         prepared = self._remove_unused_columns(given, description="evaluation")
-        collator, self.data_collator = self.data_collator, DataCollatorWithOrigin(self.data_collator)
+        numbered = NumberedDataset(prepared, domain_ids)
+        own = self.data_collator, self.eval_dataset
+        self.data_collator = DataCollatorWithOrigin(self.data_collator)
+        if isinstance(eval_dataset, str):  # by name: the Trainer keeps the loader if its workers persist
+            self.eval_dataset, numbered = {**self.eval_dataset, eval_dataset: numbered}, eval_dataset
         try:
-            return super().get_eval_dataloader(NumberedDataset(prepared, domain_ids))
+            return super().get_eval_dataloader(numbered)
         finally:
-            self.data_collator = collator
+            self.data_collator, self.eval_dataset = own
 
     def prediction_step(
         self,
