@@ -307,7 +307,8 @@ class MixtureMixin(ReferenceMixin):
     def _check_unrolled(self) -> None:
         given = self._given_optimizer
         plain = self.args.optim == "sgd" if given is None else type(given) is torch.optim.SGD
-        if not plain or self.args.optim_args and "momentum" in self.args.optim_args:
+        momentum = given is not None and any(group.get("momentum") for group in given.param_groups)
+        if not plain or momentum or self.args.optim_args and "momentum" in self.args.optim_args:
             raise ValueError(
                 "`hypergradient='unrolled'` differentiates through the optimizer's steps, which it can for SGD without momentum "
                 f"only. Set `optim='sgd'` (now {self.args.optim!r}), or use `hypergradient='penalty'`."
