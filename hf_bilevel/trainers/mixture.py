@@ -45,7 +45,7 @@ from hf_bilevel.derivatives import (
     gradient_at_weights,
     preserved_buffers,
     random_state,
-    replayed,
+    restore_random_state,
 )
 from hf_bilevel.losses import TOKEN_HEADS, evaluating, find_head, sample_losses_from_logits, unsupported_head
 from hf_bilevel.mixing import MixtureDraws, MixtureSampler, MixtureStream, NumberedMixtureStream, stratified_rows
@@ -697,7 +697,7 @@ class MixtureMixin(ReferenceMixin):
         """
         parameters = self._trained()
         now = [p.detach().clone() for p in parameters]
-        weights = self._domains.weights.to(parameters[0]).requires_grad_()
+        weights = self._domains.weights.to(parameters[0], copy=True).requires_grad_()
         hypergradient = torch.zeros_like(weights)
         try:
             with preserved_buffers(self.model), sdpa_kernel(SDPBackend.MATH):
@@ -726,8 +726,8 @@ class MixtureMixin(ReferenceMixin):
         """Compute the loss of a step again, as a function of the domain weights."""
         total = weights.new_zeros(())
         for inputs, domain_ids, num_items, drawn, state in entry["batches"]:
-            with replayed(self.model, state):
-                units = self._losses(self.model, self._prepare_inputs(inputs))
+            restore_random_state(state)
+            units = self._losses(self.model, self._prepare_inputs(inputs))
             if num_items is None or not self.model_accepts_loss_kwargs:
                 num_items = units.counts.sum() * len(entry["batches"])
             ids = domain_ids.to(weights.device)
