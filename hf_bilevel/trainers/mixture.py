@@ -540,8 +540,6 @@ class MixtureMixin(ReferenceMixin):
         if self._weights_losses():
             multipliers = [self._multipliers(origin) for origin in origins]
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        if num_items is not None and self.args.average_tokens_across_devices:
-            num_items = num_items / self.args.world_size  # of all processes, whose gradients are averaged
         self._twin["steps"].append(
             {"batches": batches, "multipliers": multipliers, "rates": rates, "num_items": num_items}
         )
@@ -570,17 +568,13 @@ class MixtureMixin(ReferenceMixin):
         before = self._domain_losses(self.model, probe)
 
         def objective(reference: nn.Module, k: int) -> Iterator[Tensor]:
-            batches = [self._prepare_inputs(batch) for batch in steps[k]["batches"]]
-            for i, batch in enumerate(batches):
-                units = self._losses(reference, batch)
-                multipliers = torch.ones_like(units.losses)
+            batches, num_items = steps[k]["batches"], steps[k]["num_items"]
+            for i, batch in enumerate(map(self._prepare_inputs, batches)):
+                model = reference
                 if steps[k]["multipliers"] is not None:
-                    multipliers = steps[k]["multipliers"][i].to(units.losses)
-                num_items = steps[k]["num_items"]
-                if num_items is None:  # the loss of a micro-batch is a mean of its own
-                    num_items = units.counts.sum().clamp(min=1) * len(batches)
-                coefficients = loss_coefficients(multipliers, units.counts, num_items, normalise=False)
-                yield (units.losses * coefficients).sum()
+                    model = _WeightedModel(self, reference, dict(batch), steps[k]["multipliers"][i], num_items)
+                loss = self.compute_loss(model, batch, num_items_in_batch=num_items)
+                yield loss if self._loss_is_of_whole_step(num_items) else loss / len(batches)
             yield self._losses(reference, self._draw_target_batch()).mean() / penalty
 
         def use_recorded_rates(optimizer: torch.optim.Optimizer, k: int) -> None:
@@ -592,6 +586,12 @@ class MixtureMixin(ReferenceMixin):
             after = self._domain_losses(reference, probe)
         self._twin = None
         return penalty * self._known(after - before)
+
+    def _loss_is_of_whole_step(self, num_items: Any) -> bool:
+        """Say, as ``Trainer.training_step`` does, whether micro-batches' losses are added up, not averaged."""
+        if self.loss_is_scaled_for_ga is not None:
+            return self.loss_is_scaled_for_ga
+        return self.model_accepts_loss_kwargs and num_items is not None or self.compute_loss_func is not None
 
     def _probe(self, step: int) -> list[tuple[Any, Tensor]]:
         """Draw rows of every domain, as batches with the rows' domains."""
@@ -746,7 +746,8 @@ class MixtureMixin(ReferenceMixin):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Compute the Trainer's loss, each sample's times its domain's weight over its share with ``"weight"``."""
-        if model.training and self._pending and self._weights_losses():
+        weighted = isinstance(model, _WeightedModel)  # by the twin
+        if model.training and self._pending and self._weights_losses() and not weighted:
             multipliers = self._multipliers(self._pending.popleft())
             model = _WeightedModel(self, model, dict(inputs), multipliers, num_items_in_batch)
         own = self.label_smoother, self.compute_loss_func
