@@ -222,10 +222,7 @@ def sample_losses_from_logits(model: nn.Module, logits: Tensor, batch: Mapping[s
         batch: The batch they were made from, with labels.
 
     Returns:
-        Losses and counts, ``(n,)``.
-
-    Raises:
-        ValueError: If logits and labels do not fit together.
+        Losses and counts, ``(n,)``; a ValueError where logits and labels do not fit together.
     """
     head = find_head(model)
     if head in TOKEN_HEADS:
