@@ -1004,9 +1004,8 @@ class _WeightedModel:
         return getattr(self._model, name)
 
     def __call__(self, **_: Any) -> dict[str, Tensor]:
-        units = self._trainer._losses(
-            self._model, self._batch
-        )  # with the labels, which the Trainer may have taken out
+        # The batch has the labels, which the Trainer may have taken out of what it passes here.
+        units = self._trainer._losses(self._model, self._batch)
         num_items = units.counts.sum().clamp(min=1) if self._num_items is None else self._num_items
         multipliers = self._multipliers.to(units.losses)
         coefficients = loss_coefficients(multipliers, units.counts, num_items, normalise=False)
