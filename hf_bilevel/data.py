@@ -89,7 +89,7 @@ class NumberedStream(IterableDataset):
     Args:
         dataset: Any iterable dataset.
         domain_column: Key of an item that holds its domain, or None.
-        domain_names: Names of the domains, sorted; None if the column holds integers.
+        domain_names: Names of the domains; the column may hold their indices instead.
     """
 
     def __init__(self, dataset: Any, domain_column: str | None, domain_names: list[str] | None) -> None:
@@ -116,14 +116,15 @@ class NumberedStream(IterableDataset):
                         f"Item {i} of the stream has no key `{self.domain_column}` to read its domain from."
                     )
                 domain = item[self.domain_column]
-                if self._index is None and (not isinstance(domain, (int, np.integer)) or domain < 0):
+                is_number = isinstance(domain, (int, np.integer))
+                if self._index is None and (not is_number or domain < 0):
                     raise ValueError(
                         f"Item {i} of the stream has the domain {domain!r}; give integers 0..D-1, or names and "
                         "`domain_names`."
                     )
-                if self._index is not None and domain not in self._index:
+                if self._index is not None and not (is_number and domain >= 0) and domain not in self._index:
                     raise ValueError(f"`domain_names` {sorted(self._index)} does not list the domain {domain!r}.")
-                domain_id = int(domain) if self._index is None else self._index[domain]
+                domain_id = int(domain) if is_number else self._index[domain]
             yield number_item(item, first + i * step, domain_id)
 
 

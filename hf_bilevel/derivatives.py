@@ -494,13 +494,18 @@ def random_state(device: torch.device) -> tuple[torch.device, Tensor, Tensor | N
     return device, torch.get_rng_state(), own
 
 
-@contextmanager
-def replayed(model: nn.Module, state: tuple[torch.device, Tensor, Tensor | None]) -> Iterator[None]:
-    """Repeat the randomness since a state, and keep the model's buffers as they are."""
+def restore_random_state(state: tuple[torch.device, Tensor, Tensor | None]) -> None:
+    """Set the global generators to a state from ``random_state``."""
     device, cpu, own = state
     torch.set_rng_state(cpu)
     if own is not None:
         torch.get_device_module(device).set_rng_state(own, device)
+
+
+@contextmanager
+def replayed(model: nn.Module, state: tuple[torch.device, Tensor, Tensor | None]) -> Iterator[None]:
+    """Repeat the randomness since a state, and keep the model's buffers as they are."""
+    restore_random_state(state)
     with preserved_buffers(model):
         yield
 

@@ -78,7 +78,9 @@ class MixtureDraws:
                 num_applied += 1
                 continue
             size = min(self.window - self._position % self.window, num - self._position)
-            self._owed += size * current
+            # A domain that is left out now is not made up for what it was owed before.
+            self._owed = self._owed.where(current > 0, 0.0)
+            self._owed += (size - self._owed.sum()) * current
             counts = apportion(self._owed, size)
             self._owed -= counts
             generator = torch.Generator().manual_seed(derive_seed(self.seed, _ORDER, number, self._position))

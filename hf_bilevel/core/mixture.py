@@ -293,8 +293,8 @@ def apportion(credit: Tensor, num: int) -> Tensor:
     """
     whole = credit.floor().clamp(min=0).to(torch.int64)
     missing = num - int(whole.sum())
-    order = (credit - whole).sort(descending=missing > 0, stable=True).indices
-    if missing < 0:  # credits below zero were raised to it
-        order = order[whole[order] > 0]
-    whole[order[: abs(missing)]] += 1 if missing > 0 else -1
+    order = (credit - whole).sort(descending=True, stable=True).indices
+    whole[order[: max(missing, 0)]] += 1
+    for _ in range(-missing):  # credits below zero were raised to it
+        whole[(credit - whole).masked_fill(whole == 0, torch.inf).argmin()] -= 1
     return whole

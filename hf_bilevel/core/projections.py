@@ -52,7 +52,8 @@ def kl_projection_simplex(weights: Tensor, floor: float = 0.0) -> Tensor:
         tensor([0.6000, 0.2000, 0.2000])
     """
     ordered = weights.sort(descending=True).values
-    held = torch.arange(len(weights) - 1, -1, -1, device=weights.device)  # how many smaller ones are at the floor
+    # How many smaller ones are at the floor; times a number, integers would become float32.
+    held = torch.arange(len(weights) - 1, -1, -1, device=weights.device).to(weights)
     scales = (1 - held * floor) / ordered.cumsum(0).clamp(min=torch.finfo(weights.dtype).tiny)
     num = (ordered * scales > floor).sum().clamp(min=1)
     return (weights * scales[num - 1]).clamp(min=floor)

@@ -46,7 +46,7 @@ from hf_bilevel.derivatives import (
     gradient_at_weights,
     preserved_buffers,
     random_state,
-    replayed,
+    restore_random_state,
 )
 from hf_bilevel.losses import TOKEN_HEADS, evaluating, find_head, sample_losses_from_logits, unsupported_head
 from hf_bilevel.mixing import MixtureDraws, MixtureSampler, MixtureStream, NumberedMixtureStream, stratified_rows
@@ -196,6 +196,7 @@ class MixtureMixin(ReferenceMixin):
         mixture: Mapping[str, float] | str | os.PathLike | None = None,
         **kwargs: Any,
     ) -> None:
+        self._given_optimizer = (kwargs.get("optimizers") or (None, None))[0]
         self._pending: deque[Origin] = deque()  # of the micro-batches of this step that are still to come
         self._given_mixture = None if mixture is None else _read_mixture(mixture)
         self._joined: tuple[Tensor | None, list[str]] | None = None
@@ -203,6 +204,7 @@ class MixtureMixin(ReferenceMixin):
         self._equals_pool = False
         self._draws: MixtureDraws | None = None
         self._domains: DomainWeights | None = None
+        self._trajectory: list[tuple[int, list[float]]] = []  # steps at which the weights changed, weights
         self._twin: dict[str, Any] | None = None  # what the twin will repeat
         self._tape: list[dict[str, Any]] = []  # what is unrolled
         if isinstance(train_dataset, Mapping):
@@ -291,6 +293,12 @@ class MixtureMixin(ReferenceMixin):
         self._check_target_dataset()
         if config.hypergradient == "penalty":
             self._check_reference("dynamic")
+            if self._given_optimizer is not None:
+                raise ValueError(
+                    "`hypergradient='penalty'` builds an optimizer for the twin as the Trainer builds its own, so it cannot "
+                    "take one that is given as `optimizers`. Name it in `optim`, pass `optimizer_cls_and_kwargs`, or override "
+                    "`create_optimizer`."
+                )
         elif self.reference_model is not None:
             warnings.warn(f"`reference_model` is ignored by {type(self).__name__}.", stacklevel=5)
         if config.hypergradient == "unrolled":
@@ -298,8 +306,10 @@ class MixtureMixin(ReferenceMixin):
         self._check_losses(self.target_dataset)
 
     def _check_unrolled(self) -> None:
-        plain = self.args.optim == "sgd" if self.optimizer is None else type(self.optimizer) is torch.optim.SGD
-        if not plain or self.args.optim_args and "momentum" in self.args.optim_args:
+        given = self._given_optimizer
+        plain = self.args.optim == "sgd" if given is None else type(given) is torch.optim.SGD
+        momentum = given is not None and any(group.get("momentum") for group in given.param_groups)
+        if not plain or momentum or self.args.optim_args and "momentum" in self.args.optim_args:
             raise ValueError(
                 "`hypergradient='unrolled'` differentiates through the optimizer's steps, which it can for SGD without momentum "
                 f"only. Set `optim='sgd'` (now {self.args.optim!r}), or use `hypergradient='penalty'`."
@@ -368,6 +378,8 @@ class MixtureMixin(ReferenceMixin):
         self._equals_pool = (
             fixed is not None and not self._is_stream and bool(torch.isclose(fixed, self._shares, atol=1e-9).all())
         )
+        if self._equals_pool:
+            self._trajectory = [(0, self._shares.tolist())]
         self._rows = (
             [(self._domain_ids == j).nonzero().flatten() for j in range(num)] if self._domain_ids is not None else None
         )
@@ -421,7 +433,7 @@ class MixtureMixin(ReferenceMixin):
             uniform = torch.full((num,), 1 / num, dtype=torch.float64)
             weights = uniform if config.initial_weights == "uniform" or self._shares is None else self._shares
         self._domains = DomainWeights(weights, config.update_rule, config.smoothing, config.min_weight)
-        self._trajectory: list[tuple[int, list[float]]] = [(0, weights.tolist())]
+        self._trajectory = [(0, weights.tolist())]
         self._gaps: list[float] | None = None  # the last hypergradient
         self._seen_step = -1
         self._counted = torch.zeros(num, dtype=torch.float64)  # samples of a stream, by domain
@@ -578,8 +590,13 @@ class MixtureMixin(ReferenceMixin):
             loss = super().compute_loss(model, inputs, num_items_in_batch=num_items)
         else:
             loss = self._weighted_loss(model, inputs, multipliers, num_items, num_batches)
-        divided = (num_items is None or not self.model_accepts_loss_kwargs) and self.compute_loss_func is None
-        return loss / num_batches if divided else loss
+        return loss if self._loss_is_of_whole_step(num_items) else loss / num_batches
+
+    def _loss_is_of_whole_step(self, num_items: Any) -> bool:
+        """Say, as ``Trainer.training_step`` does, whether micro-batches' losses are added up, not averaged."""
+        if self.loss_is_scaled_for_ga is not None:
+            return self.loss_is_scaled_for_ga
+        return self.model_accepts_loss_kwargs and num_items is not None or self.compute_loss_func is not None
 
     def _probe(self, step: int) -> list[tuple[Any, Tensor]]:
         """Draw rows of every domain, as batches with the rows' domains."""
@@ -685,10 +702,11 @@ class MixtureMixin(ReferenceMixin):
         """
         parameters = self._trained()
         now = [p.detach().clone() for p in parameters]
-        weights = self._domains.weights.to(parameters[0]).requires_grad_()
+        weights = self._domains.weights.to(parameters[0], copy=True).requires_grad_()
         hypergradient = torch.zeros_like(weights)
         try:
             with preserved_buffers(self.model), sdpa_kernel(SDPBackend.MATH):
+                self.model.train()  # an evaluation may lie between
                 loss = self._losses(self.model, self._draw_target_batch()).mean()
                 adjoint = list(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
                 for entry in reversed(self._tape):
@@ -705,17 +723,20 @@ class MixtureMixin(ReferenceMixin):
                 for p, value in zip(parameters, now, strict=True):
                     p.copy_(value)
         self._tape = []
-        return hypergradient.double().cpu()
+        if not self._weights_losses():  # nothing was drawn of a domain without weight
+            hypergradient = hypergradient.where(weights.detach() > 0, torch.nan)
+        return self._known(hypergradient.double().cpu())
 
     def _replayed_loss(self, entry: dict[str, Any], weights: Tensor) -> Tensor:
         """Compute the loss of a step again, as a function of the domain weights."""
         total = weights.new_zeros(())
         for inputs, domain_ids, num_items, drawn, state in entry["batches"]:
-            with replayed(self.model, state):
-                units = self._losses(self.model, self._prepare_inputs(inputs))
+            restore_random_state(state)
+            units = self._losses(self.model, self._prepare_inputs(inputs))
             if num_items is None or not self.model_accepts_loss_kwargs:
                 num_items = units.counts.sum() * len(entry["batches"])
-            multipliers = (weights / drawn.to(weights))[domain_ids.to(weights.device)]
+            ids = domain_ids.to(weights.device)
+            multipliers = weights[ids] / drawn.to(weights)[ids]
             total = (
                 total + (units.losses * loss_coefficients(multipliers, units.counts, num_items, normalise=False)).sum()
             )
@@ -742,9 +763,9 @@ class MixtureMixin(ReferenceMixin):
     ) -> Tensor:
         units = self._losses(model, inputs)
         scale = 1
-        if num_items is None or not self.model_accepts_loss_kwargs:
+        if not self._loss_is_of_whole_step(num_items):
             num_items = units.counts.sum().clamp(min=1)  # a mean, which the Trainer divides
-        elif self.compute_sample_losses is not None:
+        elif num_items is None or not self.model_accepts_loss_kwargs or self.compute_sample_losses is not None:
             num_items = units.counts.sum().clamp(min=1) * num_batches  # its units are not the labels that were counted
         elif self.args.average_tokens_across_devices:
             scale = self.accelerator.num_processes
@@ -798,11 +819,15 @@ class MixtureMixin(ReferenceMixin):
         domain_ids, names = read_domains(given, column)
         self._evaluated = (list(map(str, names)), torch.zeros(2, len(names), device=self.args.device))
         prepared = self._remove_unused_columns(given, description="evaluation")
-        collator, self.data_collator = self.data_collator, DataCollatorWithOrigin(self.data_collator)
+        numbered = NumberedDataset(prepared, domain_ids)
+        own = self.data_collator, self.eval_dataset
+        self.data_collator = DataCollatorWithOrigin(self.data_collator)
+        if isinstance(eval_dataset, str):  # by name: the Trainer keeps the loader if its workers persist
+            self.eval_dataset, numbered = {**self.eval_dataset, eval_dataset: numbered}, eval_dataset
         try:
-            return super().get_eval_dataloader(NumberedDataset(prepared, domain_ids))
+            return super().get_eval_dataloader(numbered)
         finally:
-            self.data_collator = collator
+            self.data_collator, self.eval_dataset = own
 
     def prediction_step(
         self,
