@@ -85,7 +85,9 @@ def assert_same(a: Any, b: Any, path: str = "state") -> None:
 
 pytestmark = [
     pytest.mark.parametrize("method", METHODS),
-    pytest.mark.parametrize("name", MODELS),
+    pytest.mark.parametrize(
+        "name", [pytest.param(m, marks=[pytest.mark.slow] * m.startswith("bert")) for m in MODELS]
+    ),
     pytest.mark.filterwarnings("ignore:The subspaces of"),  # a few steps cannot cover anything
 ]
 

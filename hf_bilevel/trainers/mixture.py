@@ -28,16 +28,11 @@ from hf_bilevel.core.mixture import (
 )
 from hf_bilevel.core.weights import loss_coefficients
 from hf_bilevel.data import (
-    SAMPLE_ID,
-    DataCollatorWithOrigin,
-    NumberedDataset,
     Origin,
     derive_seed,
     fetch,
     plain_copy,
-    pop_origin,
     private_randomness,
-    read_domains,
 )
 from hf_bilevel.derivatives import (
     RELATIVE_STEP,
@@ -48,10 +43,11 @@ from hf_bilevel.derivatives import (
     random_state,
     restore_random_state,
 )
-from hf_bilevel.losses import TOKEN_HEADS, evaluating, find_head, sample_losses_from_logits, unsupported_head
+from hf_bilevel.losses import evaluating, find_head, unsupported_head
 from hf_bilevel.mixing import MixtureDraws, MixtureSampler, MixtureStream, NumberedMixtureStream, stratified_rows
 from hf_bilevel.plots import domain_weights_over_time
 from hf_bilevel.trainers.config import BilevelConfig
+from hf_bilevel.trainers.domain_evaluation import DomainEvaluationMixin
 from hf_bilevel.trainers.reference import ReferenceMixin
 
 MIXTURE_NAME = "mixture.json"
@@ -178,7 +174,7 @@ class MixtureConfig(BilevelConfig):
             raise ValueError(f"`probe_batches` must be at least 1, got {self.probe_batches}.")
 
 
-class MixtureMixin(ReferenceMixin):
+class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
     """Learned domain weights for ``Trainer`` and its subclasses; see ``MixtureTrainer``.
 
     With ``realisation="draw"`` the training loss is whatever the class behind this one computes. ``"weight"`` weights the losses
@@ -771,111 +767,6 @@ class MixtureMixin(ReferenceMixin):
             scale = self.accelerator.num_processes
         coefficients = loss_coefficients(multipliers.to(units.losses), units.counts, num_items, normalise=False)
         return (units.losses * coefficients).sum() * scale
-
-    # Evaluation -----------------------------------------------------------------------------------------------------
-
-    def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """Evaluate as ``Trainer``, and every domain by itself.
-
-        For a dataset with the domain column, and for a dict of datasets, each domain has ``eval_<domain>_loss`` and, for
-        language models, ``eval_<domain>_perplexity``. Their mean with the shares of the target dataset (equal shares if it has
-        no domain column) is ``eval_weighted_loss``. All of them can be ``metric_for_best_model``.
-
-        Args:
-            eval_dataset: As for ``Trainer``.
-            ignore_keys: As for ``Trainer``.
-            metric_key_prefix: As for ``Trainer``.
-
-        Returns:
-            The metrics.
-
-        Cost: no pass more than the Trainer's, unless with ``compute_sample_losses``.
-        """
-        given = self.eval_dataset if eval_dataset is None else eval_dataset
-        self._evaluated: tuple[list[str], Tensor] | None = None
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        if isinstance(given, Mapping) and not self._is_off():
-            losses = {str(name): metrics.get(f"{metric_key_prefix}_{name}_loss") for name in given}
-            self._add_domain_metrics(metrics, {k: v for k, v in losses.items() if v is not None}, metric_key_prefix)
-        elif self._evaluated is not None:
-            names, (sums, units) = self._evaluated[0], self._evaluated[1].double().cpu()
-            means = zip(names, (sums / units).tolist(), strict=True)
-            self._add_domain_metrics(metrics, {name: loss for name, loss in means if loss == loss}, metric_key_prefix)
-        return metrics
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Return the evaluation loader; of a dataset with the domain column it carries the rows' domains."""
-        given = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(given, str):
-            given = self.eval_dataset[given]
-        column = self.bilevel_config.domain_column
-        if self._is_off() or not isinstance(given, datasets.Dataset) or column not in given.column_names:
-            return super().get_eval_dataloader(eval_dataset)
-        domain_ids, names = read_domains(given, column)
-        self._evaluated = (list(map(str, names)), torch.zeros(2, len(names), device=self.args.device))
-        prepared = self._remove_unused_columns(given, description="evaluation")
-        numbered = NumberedDataset(prepared, domain_ids)
-        own = self.data_collator, self.eval_dataset
-        self.data_collator = DataCollatorWithOrigin(self.data_collator)
-        if isinstance(eval_dataset, str):  # by name: the Trainer keeps the loader if its workers persist
-            self.eval_dataset, numbered = {**self.eval_dataset, eval_dataset: numbered}, eval_dataset
-        try:
-            return super().get_eval_dataloader(numbered)
-        finally:
-            self.data_collator, self.eval_dataset = own
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor | None, Any, Any]:
-        """Take the Trainer's evaluation step, and add up the losses by domain from the same logits."""
-        if SAMPLE_ID not in inputs:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        origin = pop_origin(inputs)
-        loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad():
-            if self.compute_sample_losses is not None:
-                units = self._losses(model, inputs)
-            else:
-                first = logits[0] if isinstance(logits, (tuple, list)) else logits
-                units = sample_losses_from_logits(self.model, first, inputs)
-        rows = (units.losses, units.counts, origin.domain_ids.to(units.losses.device))
-        # Not a sum of each process: the last batch may repeat rows to be full.
-        losses, counts, domain_ids = self.accelerator.gather_for_metrics(rows)
-        names, totals = self._evaluated
-        totals += torch.stack(domain_means(losses, counts, domain_ids, len(names))).to(totals)
-        return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
-
-    def _add_domain_metrics(self, metrics: dict[str, float], losses: dict[str, float], prefix: str) -> None:
-        if not losses:
-            return
-        added = {f"{prefix}_{name}_loss": loss for name, loss in losses.items()}
-        if find_head(self.model) in TOKEN_HEADS:
-            added |= {f"{prefix}_{name}_perplexity": math.exp(min(loss, 700)) for name, loss in losses.items()}
-        shares = self._target_shares(list(losses))
-        added[f"{prefix}_weighted_loss"] = sum(shares[name] * loss for name, loss in losses.items())
-        metrics |= added
-        self.log(dict(added))
-
-    def _target_shares(self, names: list[str]) -> dict[str, float]:
-        """Return the share of each domain in the target dataset; equal ones where it has none of them."""
-        column, target = self.bilevel_config.domain_column, self.target_dataset
-        counts = dict.fromkeys(names, 0)
-        if column is not None and isinstance(target, datasets.Dataset) and column in target.column_names:
-            for name in map(str, target.with_format(None)[column]):
-                if name in counts:
-                    counts[name] += 1
-        total = sum(counts.values())
-        return {name: count / total if total else 1 / len(names) for name, count in counts.items()}
 
     # Results --------------------------------------------------------------------------------------------------------
 

@@ -1006,3 +1006,18 @@ def test_in_front_of_a_trainer_with_its_own_loss(tmp_path: Path) -> None:
     trainer = train("vit", tmp_path, settings, trainer_class=Both, **SGD)
     assert not torch.allclose(parameters_of(trainer), parameters_of(runs[0]), rtol=0, atol=1e-3)
     assert max(map(abs, trainer._gaps)) / 1e12 < 1e-6
+
+
+def test_the_model_card_shows_the_mixture(tmp_path: Path) -> None:
+    trainer = build("llama", tmp_path, {"inner_steps": 2})
+    trainer.train()
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---") and "## Learned mixture" in card and "every 2 optimizer steps" in card
+    for name, weight in trainer.mixture.items():
+        assert f"| {name} | " in card and f"| {weight:.3f} |" in card
+    assert "(mixture.png)" in card and (tmp_path / "mixture.png").stat().st_size > 5_000
+    fixed = build("llama", tmp_path / "fixed", {"mixture": "uniform"})
+    fixed.train()
+    fixed.create_model_card()
+    assert "Learned mixture" not in (tmp_path / "fixed" / "README.md").read_text(encoding="utf-8")
