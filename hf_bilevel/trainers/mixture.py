@@ -243,7 +243,8 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
     def _check_bilevel_setup(self) -> None:
         if self._is_off():
             return  # the plain Trainer, wherever that runs
-        super()._check_bilevel_setup()
+        if self._learns() or self._weights_losses():
+            super()._check_bilevel_setup()  # else only the sampler is not the Trainer's, which runs anywhere
         config, name = self.bilevel_config, type(self).__name__
         if config.domain_column is None and self._joined is None and self.train_dataset is not None:
             raise ValueError(
@@ -297,6 +298,10 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
                 )
         elif self.reference_model is not None:
             warnings.warn(f"`reference_model` is ignored by {type(self).__name__}.", stacklevel=5)
+        if config.hypergradient == "alignment" and self.args.fp16:
+            raise ValueError(
+                "`hypergradient='alignment'` is not tested with fp16, in which small gradients vanish. Use `bf16=True`."
+            )
         if config.hypergradient == "unrolled":
             self._check_unrolled()
         self._check_losses(self.target_dataset)

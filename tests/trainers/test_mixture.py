@@ -1021,3 +1021,15 @@ def test_the_model_card_shows_the_mixture(tmp_path: Path) -> None:
     fixed.train()
     fixed.create_model_card()
     assert "Learned mixture" not in (tmp_path / "fixed" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_fixed_mixture_is_drawn_where_learning_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: BilevelMixin) -> None:
+        raise ValueError("not tested with FSDP")
+
+    monkeypatch.setattr(BilevelMixin, "_check_bilevel_setup", refuse)
+    fixed = {"web": 0.5, "books": 0.25, "code": 0.25}
+    for settings, kwargs in (({}, {}), ({"realisation": "weight"}, {"mixture": fixed})):
+        with pytest.raises(ValueError, match="not tested with FSDP"):
+            build("llama", tmp_path, settings, trainer_kwargs=kwargs)
+    build("llama", tmp_path, trainer_kwargs={"mixture": fixed, "target_dataset": None})
