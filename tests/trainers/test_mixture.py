@@ -18,6 +18,7 @@ from transformers import Trainer, set_seed
 
 from hf_bilevel import MixtureConfig, MixtureMixin, MixtureTrainer
 from hf_bilevel.core.mixture import DomainWeights, weight_learning_rate
+from hf_bilevel.trainers.base import BilevelMixin
 
 NAMES = ["books", "code", "web"]
 DOMAINS = {"domain_column": "source"}
