@@ -46,7 +46,10 @@ def test_quickstart(script, tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     ("name", "keys"),
     [
         ("noisy_labels", "gap_closed/blade"),
-        ("overhead", "step_ratio/llama/blade_token step_ratio/vit/bros bros_over_masoba_step/llama"),
+        (
+            "overhead",
+            "step_ratio/llama/blade_token step_ratio/vit/bros bros_over_masoba_step/llama step_ratio/vit/mixture",
+        ),
         ("memory", "scoring_over_naive bros_over_adamw/vit_s"),
         ("estimators", "relative_rms/one_sided/48 bias/naive/4"),
         ("mixture", "perplexity/blended/stratified weight/blended/penalty_5/manual"),

@@ -12,6 +12,7 @@ and for BLADE the first reference phase. Reported is the median over rounds of (
 must agree. ``blade_token_amortised`` adds the reference phase at the published K / T = 300 / 1,000, from the measured cost
 of a reference step. ``bros`` is BrosTrainer as it comes, with a fresh subspace at every step of so short a run;
 ``bros_every5`` moves the weights at every fifth step and is timed over five; ``masoba`` is in full space, by double backward.
+``mixture`` is MixtureTrainer as it comes in a run of 400 steps (T = 49, K = 4), timed over the T steps of one update.
 """
 
 import argparse
@@ -36,17 +37,18 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_bilevel import BladeConfig, BladeTrainer, BrosConfig, BrosTrainer
+from hf_bilevel import BladeConfig, BladeTrainer, BrosConfig, BrosTrainer, MixtureConfig, MixtureTrainer
 
 RATIO = {"blade_token": 0.6, "blade_sample": 0.5}
 SHARE = 300 / 1000  # published K / T
 PHASE_STEPS = 2  # reference steps of a measured reference phase
 BROS = ("bros", "bros_every5", "masoba")
+INNER_STEPS, REFERENCE_STEPS, NUM_DOMAINS = 49, 4, 4  # of MixtureTrainer, T and K by default for 400 steps
 MODELS = {
-    "vit": ("off", "blade_sample", *BROS),
-    "llama": ("off", "blade_token", "blade_sample", "phase", *BROS),
+    "vit": ("off", "blade_sample", *BROS, "mixture"),
+    "llama": ("off", "blade_token", "blade_sample", "phase", *BROS, "mixture"),
 }
-TIMED_STEPS = {"phase": 2, "bros_every5": 5}  # others: as many as the run says
+TIMED_STEPS = {"phase": 2, "bros_every5": 5, "mixture": INNER_STEPS}  # others: as many as the run says
 
 # Forward passes of one step; a reference step trains on a target batch and on a training batch that both models score. BROS
 # trains on a target batch once and on the training batch twice.
@@ -59,6 +61,12 @@ CALLS = {
     "bros": {"proxy train": 3},
     "bros_every5": {"proxy train": 1 + 2 / 5},
     "masoba": {"proxy train": 2},
+    "mixture": {
+        "proxy train": 1,
+        "reference train": 2 * REFERENCE_STEPS / INNER_STEPS,
+        "proxy score": MixtureConfig.probe_batches / INNER_STEPS,
+        "reference score": MixtureConfig.probe_batches / INNER_STEPS,
+    },
 }
 # Differentiating a forward and backward pass, three forwards' worth, costs twice as much as making it.
 DOUBLE_BACKWARD = {"masoba": 2 * 3}
@@ -71,6 +79,7 @@ EQUIVALENTS = {
     "bros": 3 * 3,
     "bros_every5": 3 * (1 + 2 / 5),
     "masoba": 2 * 3 + DOUBLE_BACKWARD["masoba"],
+    "mixture": 3 + (6 * REFERENCE_STEPS + 2 * MixtureConfig.probe_batches) / INNER_STEPS,
 }
 EQUIVALENTS["blade_token_amortised"] = EQUIVALENTS["blade_token"] + SHARE * EQUIVALENTS["phase"]
 TARGETS = {
@@ -83,6 +92,8 @@ TARGETS = {
     "step_ratio/llama/bros": 3.2,
     "bros_over_masoba_step/vit": 0.75,
     "bros_over_masoba_step/llama": 0.75,
+    "step_ratio/vit/mixture": 1.25,
+    "step_ratio/llama/mixture": 1.25,
 }
 
 
@@ -93,13 +104,17 @@ def build(model_name: str, num_rows: int, seed: int, smoke: bool) -> tuple[nn.Mo
         layers, width = (2, 64) if smoke else (12, 192)
         shape = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": width // 64}
         config = ViTConfig(**shape, intermediate_size=4 * width, image_size=32, patch_size=4, num_labels=100)
-        data = [{"pixel_values": torch.randn(3, 32, 32), "labels": i % 100} for i in range(num_rows)]
+        data = [
+            {"pixel_values": torch.randn(3, 32, 32), "labels": i % 100, "domain": i % NUM_DOMAINS}
+            for i in range(num_rows)
+        ]
         return ViTForImageClassification(config), data
     layers, width, vocabulary, length = (2, 64, 512, 64) if smoke else (4, 256, 8192, 128)
     shape = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = LlamaConfig(**shape, intermediate_size=8 * width // 3, vocab_size=vocabulary, use_cache=False)
     tokens = torch.randint(vocabulary, (num_rows, length))
-    return LlamaForCausalLM(config), [{"input_ids": row, "labels": row} for row in tokens]
+    rows = [{"input_ids": row, "labels": row, "domain": i % NUM_DOMAINS} for i, row in enumerate(tokens)]
+    return LlamaForCausalLM(config), rows
 
 
 class StepClock(TrainerCallback):
@@ -128,6 +143,7 @@ def make_trainer(arm: str, model: nn.Module, data: list[dict], batch_size: int, 
         "bros": BrosConfig(),
         "bros_every5": BrosConfig(update_every=5),
         "masoba": BrosConfig(rank="full", hessian_action="double_backward"),
+        "mixture": MixtureConfig(domain_column="domain", inner_steps=INNER_STEPS, reference_steps=REFERENCE_STEPS),
     }
     args = TrainingArguments(
         folder,
@@ -142,7 +158,9 @@ def make_trainer(arm: str, model: nn.Module, data: list[dict], batch_size: int, 
         use_cpu=True,
     )
     ours = {} if arm == "plain" else {"target_dataset": data, "bilevel_config": configs[arm]}
-    trainer_class = Trainer if arm == "plain" else BrosTrainer if arm in BROS else BladeTrainer
+    trainer_class = BladeTrainer
+    if arm in ("plain", "mixture", *BROS):
+        trainer_class = {"plain": Trainer, "mixture": MixtureTrainer}.get(arm, BrosTrainer)
     trainer = trainer_class(model=copy.deepcopy(model), args=args, train_dataset=data, **ours)
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -202,8 +220,9 @@ def measure(model_name: str, seed: int, batch_size: int, steps: int, rounds: int
                     arm == "phase"
                 ):  # what a step that synchronises takes more than the one before it, per reference step
                     seconds[arm].append((times[1] - times[0]) / PHASE_STEPS)
-                else:  # one of the five steps of bros_every5 is not like the others
-                    seconds[arm].append(statistics.fmean(times) if arm == "bros_every5" else statistics.median(times))
+                else:  # one step of bros_every5, and a few of mixture, are not like the others
+                    mean = statistics.fmean if arm in ("bros_every5", "mixture") else statistics.median
+                    seconds[arm].append(mean(times))
     ratios = {arm: [t / plain for t, plain in zip(seconds[arm], seconds["plain"], strict=True)] for arm in arms}
     if "phase" in arms:
         pairs = zip(ratios["blade_token"], ratios["phase"], strict=True)
@@ -255,10 +274,10 @@ def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny models and two rounds")
     parser.add_argument("--seeds", type=int, default=1, help="repetitions with other weights and data")
-    parser.add_argument("--rounds", type=int, help="alternations of the arms for each seed; 20, or 2 with --smoke")
+    parser.add_argument("--rounds", type=int, help="alternations of the arms for each seed; 10, or 2 with --smoke")
     parser.add_argument("--output", help="JSON file to write")
     options = parser.parse_args(argv)
-    rounds = options.rounds or (2 if options.smoke else 20)
+    rounds = options.rounds or (2 if options.smoke else 10)
     batch_size, steps = (4, 2) if options.smoke else (8, 4)
     warnings.filterwarnings("ignore", "The subspaces of")  # of so short a run cover little
     threads = torch.get_num_threads()

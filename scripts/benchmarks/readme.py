@@ -32,6 +32,8 @@ OVERHEAD_ARMS = {
     "vit/bros": "ViT, BROS",
     "llama/bros_every5": "Llama, BROS with `update_every=5`",
     "vit/bros_every5": "ViT, BROS with `update_every=5`",
+    "llama/mixture": "Llama, MixtureTrainer (T = 49, K = 4)",
+    "vit/mixture": "ViT, MixtureTrainer (T = 49, K = 4)",
     "llama/masoba": 'Llama, MA-SOBA: `rank="full"`, `hessian_action="double_backward"`',
     "vit/masoba": "ViT, MA-SOBA",
 }
