@@ -366,6 +366,7 @@ class FiniteDifferences:
 
     def hessian_action(self, direction: list[Tensor]) -> list[Tensor]:
         """Return the restricted H[D]; the first call also sets ``gradient`` and ``losses``."""
+        self._seen = None  # a direction of full size, which need not live beside the next
         step = self._step(direction)
         if self._before is None:
             self._before = random_state(self.blocks.parameters[0].device)
