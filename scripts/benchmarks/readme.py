@@ -108,6 +108,16 @@ def noisy_labels() -> str:
         f"{100 * summary['blade_over_static/standard_error']:.1f}. BLADE's settings were chosen on seeds 0 and 1, the others had no part in it. From "
         "`scripts/benchmarks/results/noisy_labels.json`.",
     ]
+    if "auroc/bros" in summary:
+        auroc = {arm: plus_minus(summary, f"auroc/{arm}", digits=3) for arm in ("bros", "masoba", "blade")}
+        weights = [plus_minus(summary, f"weight_{kind}/bros", digits=2) for kind in ("wrong", "right")]
+        lines += [
+            "",
+            f"How well wrong labels are found, as the area under the ROC curve: BROS's weights {auroc['bros']}, MA-SOBA's "
+            f"{auroc['masoba']}, how often BLADE selects a sample {auroc['blade']}. BROS gives wrong labels the mean weight "
+            f"{weights[0]}, right ones {weights[1]}. BROS and MA-SOBA train a fresh model twice, for half of the steps each; their "
+            "settings were chosen on seed 0.",
+        ]
     return "\n".join(lines)
 
 
