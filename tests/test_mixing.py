@@ -97,11 +97,11 @@ def test_a_replay_continues_where_the_run_was(
         consumer = iter(Consumer(draws, num, ahead, start))
         drawn, state = [], draws.state_dict()
         for n in range(start, length):
-            if n in changes and n > start:
-                draws.set_probabilities(shares(*changes[n]))
-            drawn.append(next(consumer))
-            if n == stop:
+            if n == stop:  # a checkpoint, perhaps between two epochs
                 state = draws.state_dict()
+            drawn.append(next(consumer))
+            if n in changes:
+                draws.set_probabilities(shares(*changes[n]))
         return drawn, state
 
     whole, state = run(MixtureDraws(shares(1, 2, 3), window, seed=0), 0, 60)
@@ -109,7 +109,7 @@ def test_a_replay_continues_where_the_run_was(
     resumed.load_state_dict(state)
     rest, _ = run(resumed, stop, 60)
     assert rest == whole[stop:]
-    assert torch.equal(resumed.probabilities, shares(*([1, 2, 3], *(changes[n] for n in sorted(changes) if n))[-1]))
+    assert torch.equal(resumed.probabilities, shares(*([1, 2, 3], *(changes[n] for n in sorted(changes)))[-1]))
 
 
 @pytest.mark.parametrize("position", [0, 3, 4, 11, 16, 30])
@@ -150,6 +150,28 @@ def test_a_domain_whose_probability_became_zero_is_not_owed_anything() -> None:
         later = list(draws.epoch(1, 99))
         assert (counts_of(later, 3) - 33).abs().max() <= 3
         assert len(seen) + len(rest) == 100
+
+
+def test_a_cut_window_is_filled_up() -> None:
+    """A change to what was set already leaves the shares of every window as they are."""
+    for position in range(17):
+        draws = MixtureDraws(shares(2, 1, 1), window=8, seed=position)
+        epoch = draws.epoch(0, 40)
+        drawn = list(itertools.islice(epoch, position))
+        draws.set_probabilities(shares(2, 1, 1))
+        drawn += list(epoch)
+        for start in range(0, 40, 8):
+            assert counts_of(drawn[start : start + 8], 3).tolist() == [4, 2, 2]
+
+
+def test_the_rest_of_a_cut_window_has_the_new_shares() -> None:
+    for seed in range(20):
+        draws = MixtureDraws(shares(1, 1), window=8, seed=seed)
+        epoch = draws.epoch(0, 8)
+        drawn = list(itertools.islice(epoch, 3))
+        draws.set_probabilities(shares(1, 3))
+        drawn += list(epoch)
+        assert abs(int(counts_of(drawn, 2)[0]) - (3 * 0.5 + 5 * 0.25)) < 1
 
 
 def test_set_twice_before_a_draw_the_last_one_counts() -> None:
@@ -219,6 +241,12 @@ def test_through_a_loader(workers: int) -> None:
     assert batches == [[0, 0, 1, 1, 2, 2]] * 4  # the drawn rows' domains
     again = [sorted(batch.tolist()) for batch in loader]  # the same epoch, replayed
     assert again == batches
+
+
+def test_domains_of_one_size_have_orders_of_their_own() -> None:
+    sampler = MixtureSampler(MixtureDraws(shares(1, 1), 4, seed=0), torch.arange(40) // 20, lambda: 0)
+    rows = list(sampler)
+    assert [row for row in rows if row < 20] != [row - 20 for row in rows if row >= 20]
 
 
 def test_a_replayed_epoch_reads_the_same_rows() -> None:
