@@ -1,0 +1,311 @@
+r"""Probabilistic bilevel coreset selection: :math:`\min_s E_{m \sim s}[L(\theta^*(m))]` over :math:`0 \le s \le 1, \sum_i s_i \le K`.
+
+Every sample of a pool is kept with its own probability; :math:`\theta^*(m)` is trained on the samples that the mask m keeps. The
+gradient needs only the upper losses of a few masks, and nothing of how :math:`\theta^*` was found.
+
+References:
+    Zhou, Pi, Zhang, Lin, Zhang, Probabilistic Bilevel Coreset Selection, ICML 2022.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_bilevel.core.projections import projection_capped_simplex
+
+
+def cubic_size(step: int, initial_size: float, size: float, start: int, end: int) -> float:
+    r"""Anneal the size, :math:`K + (K_0 - K) (1 - (t - a) / (b - a))^3` between the steps a and b.
+
+    Published runs anneal from 16 % to 60 % of the steps.
+
+    Args:
+        step: t, from 0.
+        initial_size: :math:`K_0`, the size up to step a, such as that of the pool.
+        size: K, the size from step b on.
+        start: a.
+        end: b, at least a; if they are equal, the size jumps there.
+
+    Returns:
+        The size at that step, which may be a fraction.
+
+    Example:
+        >>> [cubic_size(t, initial_size=1000, size=200, start=2, end=6) for t in (0, 2, 3, 4, 5, 6, 9)]
+        [1000, 1000, 537.5, 300.0, 212.5, 200, 200]
+    """
+    if step >= end:
+        return size
+    if step <= start:
+        return initial_size
+    return size + (initial_size - size) * ((end - step) / (end - start)) ** 3
+
+
+def sample_masks(probabilities: Tensor, num: int, generator: torch.Generator) -> Tensor:
+    r"""Draw masks, :math:`m_{ci} \sim \mathrm{Bernoulli}(s_i)`, all independent.
+
+    A probability of 0 or 1 decides; a mask may be empty. The first masks do not depend on how many are drawn.
+
+    Args:
+        probabilities: s, ``(n,)``, in [0, 1].
+        num: C.
+        generator: On the device of the probabilities.
+
+    Returns:
+        The masks, ``(C, n)``, bool.
+
+    Example:
+        >>> sample_masks(torch.tensor([0.0, 1.0, 0.5]), 3, torch.Generator().manual_seed(0))[:, :2]
+        tensor([[False,  True],
+                [False,  True],
+                [False,  True]])
+    """
+    # In float32 no draw lies between 0 and 6e-8, so smaller probabilities would be exceeded.
+    uniform = partial(torch.rand, generator=generator, dtype=torch.float64, device=probabilities.device)
+    return torch.stack([uniform(len(probabilities)) < probabilities for _ in range(num)])
+
+
+def policy_gradient(masks: Tensor, losses: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Estimate the gradient of the expected loss, each mask against the mean loss of the others.
+
+    .. math:: \frac{1}{C} \sum_c \Big(L_c - \frac{1}{C - 1} \sum_{j \ne c} L_j\Big) \nabla_s \ln p(m_c | s)
+        = \frac{1}{C - 1} \sum_c (L_c - \bar L)\, \frac{m_c - s}{s (1 - s)}
+
+    with :math:`\nabla_s \ln p = m / s - (1 - m) / (1 - s)`. It is unbiased for probabilities between 0 and 1. One that is 0
+    or 1 gives all masks the same entry, which says nothing about it: its gradient is 0.
+
+    A mask whose loss is not finite is dropped, and the others form the estimate: if at least two are left, it is unbiased for
+    the gradient of the expected loss of the masks that have a finite one. If fewer are left, it is 0.
+
+    Args:
+        masks: ``(C, n)``, bool, C at least 2.
+        losses: ``(C,)``; NaN for a lower training that went wrong.
+        probabilities: s that the masks were drawn from, ``(n,)``.
+
+    Returns:
+        The gradient, ``(n,)``, and the number of masks dropped, a scalar.
+
+    Raises:
+        ValueError: If there is only one mask, or not one loss for each.
+
+    Cost: O(C n); no host sync.
+
+    Example:
+        >>> masks = torch.tensor([[True, False, True], [False, True, True], [False, False, True]])
+        >>> policy_gradient(masks, torch.tensor([1.0, 3.0, torch.nan]), torch.tensor([0.5, 0.5, 1.0]))
+        (tensor([-4.,  4.,  0.]), tensor(1))
+    """
+    if len(masks) < 2 or losses.shape != masks.shape[:1]:
+        raise ValueError(
+            "The baseline of a mask is the mean loss of the others, so it takes at least two masks and one loss for each; "
+            f"got {len(masks)} masks and losses of shape {tuple(losses.shape)}."
+        )
+    kept = losses.isfinite()
+    num_kept = kept.sum()
+    finite = torch.where(kept, losses, 0.0).double()
+    centred = torch.where(kept, finite - finite.sum() / num_kept.clamp(min=1), 0.0) / (num_kept - 1).clamp(min=1)
+    # The centred losses sum to 0, so that sum_c (m_c - s) and -sum_c ((1 - m_c) - s) are equal; whichever has the fewer
+    # ones leaves no rounding error to be divided by a small variance.
+    likely = probabilities > 0.5
+    weights = centred.to(probabilities)
+    total = weights @ (masks ^ likely).to(weights.dtype)
+    variance = probabilities * (1 - probabilities)
+    gradient = torch.where(variance > 0, torch.where(likely, -total, total) / variance, 0.0)
+    return gradient, len(masks) - num_kept
+
+
+def coreset_step(probabilities: Tensor, gradient: Tensor, learning_rate: float, size: float) -> Tensor:
+    r"""Take a gradient step and project it back, :math:`P(s - \alpha g)` onto :math:`\{0 \le s \le 1, \sum_i s_i \le K\}`.
+
+    Args:
+        probabilities: s, ``(n,)``.
+        gradient: g, ``(n,)``.
+        learning_rate: :math:`\alpha`.
+        size: K, not negative.
+
+    Returns:
+        The next probabilities, ``(n,)``.
+
+    Cost: that of ``projection_capped_simplex``.
+
+    Example:
+        >>> coreset_step(torch.tensor([0.5, 0.5, 0.5]), torch.tensor([-2.0, 0.0, 2.0]), learning_rate=0.25, size=1.5)
+        tensor([1.0000, 0.5000, 0.0000])
+        >>> coreset_step(torch.tensor([0.5, 0.5, 0.5]), torch.tensor([-2.0, 0.0, 2.0]), learning_rate=0.25, size=1)
+        tensor([0.7500, 0.2500, 0.0000])
+    """
+    return projection_capped_simplex(probabilities - learning_rate * gradient, size)
+
+
+class CoresetProbabilities:
+    r"""Probabilities of a pool's samples, and the steps of a search for them.
+
+    A step clips the gradient's norm, divides its running mean by the root of its running square as Adam does, and projects:
+    see ``coreset_step``. The published analysis is for plain steps; the published results come from these.
+
+    Args:
+        probabilities: Where to start, ``(n,)``, in [0, 1]. What starts at 0 stays there, and what starts at 1 changes only
+            as the size falls: neither has a gradient.
+        max_norm: Largest norm of a gradient; longer ones are scaled down to it.
+        betas: How much of the running mean and of the running square a step keeps.
+
+    Attributes:
+        probabilities: s, ``(n,)``.
+        num_updates: Updates so far, without the gradients that said nothing.
+
+    Example:
+        >>> search = CoresetProbabilities(torch.tensor([0.5, 0.5, 0.5]))
+        >>> search.step(torch.tensor([-2.0, 0.0, 1.0]), learning_rate=0.1, size=2)
+        >>> search.probabilities
+        tensor([0.6000, 0.5000, 0.4000])
+    """
+
+    def __init__(
+        self, probabilities: Tensor, max_norm: float = 3.0, betas: tuple[float, float] = (0.9, 0.999)
+    ) -> None:
+        self.probabilities = probabilities.clone()
+        self.num_updates = 0
+        self.max_norm = max_norm
+        self.betas = betas
+        self._mean = torch.zeros_like(probabilities)
+        self._square = torch.zeros_like(probabilities)
+
+    def step(self, gradient: Tensor, learning_rate: float, size: float) -> None:
+        """Take one step; a gradient that is 0 or not finite only lets the probabilities follow the size.
+
+        Args:
+            gradient: ``(n,)``.
+            learning_rate: Positive.
+            size: K of this step, not negative.
+        """
+        norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
+        direction = torch.zeros_like(self.probabilities)
+        if norm > 0 and math.isfinite(norm):
+            clipped = gradient * min(1.0, self.max_norm / norm)
+            self.num_updates += 1
+            self._mean.lerp_(clipped, 1 - self.betas[0])
+            self._square.lerp_(clipped.square(), 1 - self.betas[1])
+            mean, square = (
+                moment / (1 - beta**self.num_updates)
+                for moment, beta in zip((self._mean, self._square), self.betas, strict=True)
+            )
+            direction = mean / (square.sqrt() + 1e-8)
+        self.probabilities = coreset_step(self.probabilities, direction, learning_rate, size)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return probabilities and moments."""
+        tensors = {
+            "probabilities": self.probabilities.clone(),
+            "mean": self._mean.clone(),
+            "square": self._square.clone(),
+        }
+        return {**tensors, "num_updates": self.num_updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore them."""
+        self.probabilities, self.num_updates = state["probabilities"].clone(), state["num_updates"]
+        self._mean, self._square = state["mean"].clone(), state["square"].clone()
+
+
+def search_progress(probabilities: Tensor, margin: float = 0.01) -> dict[str, float]:
+    """Say how far a search has decided.
+
+    Args:
+        probabilities: s, ``(n,)``, in [0, 1].
+        margin: A probability this close to 0 or 1 counts as settled.
+
+    Returns:
+        ``expected_size``, the sum of the probabilities; ``entropy``, the mean over the samples in nats, at most log 2;
+        ``settled``, the share of settled samples.
+
+    Example:
+        >>> search_progress(torch.tensor([0.0, 1.0, 0.5, 0.5]))
+        {'expected_size': 2.0, 'entropy': 0.34657359027997264, 'settled': 0.5}
+    """
+    s = probabilities.double()
+    entropy = (torch.special.entr(s) + torch.special.entr(1 - s)).mean()
+    settled = (torch.minimum(s, 1 - s) <= margin).double().mean()
+    return {"expected_size": float(s.sum()), "entropy": float(entropy), "settled": float(settled)}
+
+
+def resize_mask(mask: Tensor, probabilities: Tensor, size: int) -> Tensor:
+    """Make a mask keep exactly K samples: drop the least probable it keeps, or add the most probable it does not.
+
+    Of samples with one probability, the first is kept.
+
+    Args:
+        mask: ``(n,)``, bool.
+        probabilities: s, ``(n,)``.
+        size: K, in [0, n].
+
+    Returns:
+        The mask, ``(n,)``, bool.
+
+    Raises:
+        ValueError: If there are fewer than K samples.
+
+    Example:
+        >>> s = torch.tensor([0.9, 0.1, 0.5])
+        >>> resize_mask(torch.tensor([True, True, False]), s, 1), resize_mask(torch.tensor([False, True, False]), s, 2)
+        (tensor([ True, False, False]), tensor([ True,  True, False]))
+    """
+    if not 0 <= size <= len(mask):
+        raise ValueError(f"A coreset of {len(mask)} samples can have 0 to {len(mask)} of them, got {size}.")
+    by_probability = probabilities.sort(descending=True, stable=True).indices
+    kept_first = mask[by_probability].to(torch.uint8).sort(descending=True, stable=True).indices
+    return torch.zeros_like(mask).index_fill(0, by_probability[kept_first[:size]], True)
+
+
+def top_mask(probabilities: Tensor, size: int) -> Tensor:
+    """Keep the K most probable samples; of samples with one probability, the first.
+
+    Args:
+        probabilities: s, ``(n,)``.
+        size: K, in [0, n].
+
+    Returns:
+        The mask, ``(n,)``, bool.
+
+    Example:
+        >>> top_mask(torch.tensor([0.9, 0.1, 0.5, 0.5]), 2)
+        tensor([ True, False,  True, False])
+    """
+    return resize_mask(torch.zeros_like(probabilities, dtype=torch.bool), probabilities, size)
+
+
+def best_sampled_mask(
+    probabilities: Tensor, size: int, num: int, losses: Callable[[Tensor], Tensor], generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Draw masks, make each keep exactly K samples, and take the one with the lowest loss.
+
+    A search that has settled draws the same mask many times; its loss is asked for once.
+
+    Args:
+        probabilities: s, ``(n,)``.
+        size: K, in [0, n].
+        num: How many to draw, positive.
+        losses: Upper losses, ``(k,)``, of different masks, ``(k, n)``, k at most ``num``. One that is not finite is passed over.
+        generator: On the device of the probabilities.
+
+    Returns:
+        The mask, ``(n,)``, bool, and its loss, a scalar.
+
+    Raises:
+        ValueError: If no loss is finite.
+
+    Example:
+        >>> s, costs = torch.tensor([0.5, 0.5, 0.5, 0.0]), torch.tensor([3.0, 1.0, 2.0, 0.0])
+        >>> best_sampled_mask(s, 2, 50, lambda masks: (masks * costs).sum(1), torch.Generator().manual_seed(0))
+        (tensor([False,  True,  True, False]), tensor(3.))
+    """
+    drawn = sample_masks(probabilities, num, generator)
+    masks = torch.stack([resize_mask(mask, probabilities, size) for mask in drawn]).unique(dim=0)
+    values = losses(masks)
+    finite = values.isfinite()
+    if not finite.any():
+        raise ValueError(f"None of the {len(masks)} masks drawn for the final coreset has a finite loss: {values}.")
+    best = values.masked_fill(~finite, torch.inf).argmin()
+    return masks[best], values[best]
