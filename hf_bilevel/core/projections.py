@@ -29,7 +29,7 @@ def projection_simplex(point: Tensor, floor: float = 0.0) -> Tensor:
     places = torch.arange(1, len(point) + 1, device=point.device)
     shifts = (ordered.cumsum(0) - (1 - len(point) * floor)) / places
     num = (ordered > shifts).sum().clamp(min=1)
-    return (excess - shifts[num - 1]).clamp(min=0) + floor
+    return (excess - shifts.take(num - 1)).clamp(min=0) + floor
 
 
 def kl_projection_simplex(weights: Tensor, floor: float = 0.0) -> Tensor:
@@ -56,7 +56,7 @@ def kl_projection_simplex(weights: Tensor, floor: float = 0.0) -> Tensor:
     held = torch.arange(len(weights) - 1, -1, -1, device=weights.device).to(weights)
     scales = (1 - held * floor) / ordered.cumsum(0).clamp(min=torch.finfo(weights.dtype).tiny)
     num = (ordered * scales > floor).sum().clamp(min=1)
-    return (weights * scales[num - 1]).clamp(min=floor)
+    return (weights * scales.take(num - 1)).clamp(min=floor)
 
 
 def projection_capped_simplex(point: Tensor, size: float) -> Tensor:
