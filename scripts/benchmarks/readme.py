@@ -115,8 +115,8 @@ def noisy_labels() -> str:
             "",
             f"How well wrong labels are found, as the area under the ROC curve: BROS's weights {auroc['bros']}, MA-SOBA's "
             f"{auroc['masoba']}, how often BLADE selects a sample {auroc['blade']}. BROS gives wrong labels the mean weight "
-            f"{weights[0]}, right ones {weights[1]}. BROS and MA-SOBA train a fresh model twice, for half of the steps each; their "
-            "settings were chosen on seed 0.",
+            f"{weights[0]}, right ones {weights[1]}. BROS and MA-SOBA train a fresh model twice, for half of the steps each; the "
+            "second pass takes as many steps again. Their settings were chosen on seed 0.",
         ]
     return "\n".join(lines)
 
