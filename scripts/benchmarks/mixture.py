@@ -15,7 +15,9 @@ Settings:
 
 Arms: `proportional` is the plain Trainer on all rows; `uniform` draws domains with equal probabilities, row by row; `stratified` holds
 equal shares in every step; `target` trains on the pool's rows of the target's domains alone. `alignment` updates the weights at
-every step; `penalty_T` every T steps, `auto` being MixtureTrainer's default. All learn from equal weights.
+every step; `penalty_T` every T steps, `auto` being MixtureTrainer's default. All learn from equal weights, and measure the domains'
+losses on one training batch's worth of rows, so that the arms with many updates are affordable. `penalty_default` is
+MixtureTrainer as it comes: T by the rule, and four times as many rows.
 
 Two perplexities: after the same number of updates, and after the same number of forward-equivalents: what `penalty_auto`
 costs in all its updates, which gives the fixed mixtures more updates and `alignment` fewer. The learning rate is constant, so
@@ -47,11 +49,11 @@ from hf_bilevel import MixtureConfig, MixtureTrainer
 from hf_bilevel.core.mixture import optimal_inner_steps
 
 FIXED = ("uniform", "proportional", "stratified", "target")
-LEARNED = ("alignment", "penalty_1", "penalty_5", "penalty_auto", "penalty_4auto")
+LEARNED = ("alignment", "penalty_1", "penalty_5", "penalty_auto", "penalty_4auto", "penalty_default")
 TARGETS = {"restricted": ["manual"], "abundant": ["manual"], "structured": ["manual"], "blended": ["manual", "readme"]}
 ROW_LENGTH, BATCH = 64, 16
 NUM_TARGET, NUM_HELD_OUT = 128, 256
-PROBE_BATCHES = 1
+PROBE_BATCHES = dict.fromkeys(LEARNED, 1) | {"penalty_default": MixtureConfig.probe_batches}
 
 
 def make_data(setting: str, seed: int, steps: int) -> dict:
@@ -120,14 +122,15 @@ def cost_of(arm: str, steps: int) -> float:
         return 1.0
     inner = 1 if arm == "alignment" else inner_steps_of(arm, steps)
     updates = (steps - 1) // inner
-    probe = 2 * PROBE_BATCHES
+    probe = 2 * PROBE_BATCHES[arm]
     each = 3 + probe if arm == "alignment" else 6 * max(1, inner // 10) + probe
     return 1 + updates * each / (3 * steps)
 
 
 def inner_steps_of(arm: str, steps: int) -> int:
     auto = optimal_inner_steps(steps)
-    return {"penalty_1": 1, "penalty_5": 5, "penalty_auto": auto, "penalty_4auto": min(4 * auto, steps // 2)}[arm]
+    chosen = {"penalty_1": 1, "penalty_5": 5, "penalty_4auto": min(4 * auto, steps // 2)}
+    return chosen.get(arm, auto)
 
 
 def run_arm(arm: str, setting: str, seed: int, data: dict, steps: int, folder: str, settings: dict) -> dict:
@@ -163,7 +166,7 @@ def run_arm(arm: str, setting: str, seed: int, data: dict, steps: int, folder: s
         how = {"hypergradient": "alignment"}
         if arm != "alignment":
             how = {"hypergradient": "penalty", "inner_steps": inner_steps_of(arm, steps)}
-        config = MixtureConfig(domain_column="domain", probe_batches=PROBE_BATCHES, **how, **settings)
+        config = MixtureConfig(domain_column="domain", probe_batches=PROBE_BATCHES[arm], **how, **settings)
         trainer = MixtureTrainer(**common, target_dataset=data["target"], bilevel_config=config)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
