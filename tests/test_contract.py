@@ -89,6 +89,7 @@ pytestmark = [
         "name", [pytest.param(m, marks=[pytest.mark.slow] * m.startswith("bert")) for m in MODELS]
     ),
     pytest.mark.filterwarnings("ignore:The subspaces of"),  # a few steps cannot cover anything
+    pytest.mark.filterwarnings("ignore:The weights of the domains never move"),
 ]
 
 SITUATIONS = {

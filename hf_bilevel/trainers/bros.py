@@ -873,8 +873,7 @@ class BrosTrainer(BrosMixin, Trainer):
         bilevel_config: A ``BrosConfig``.
         sample_weights: Another trainer's ``sample_weights``, or a tensor with one weight for each row of ``train_dataset``. With
             ``upper_variable="fixed"`` the weights of the training; samples that it does not name have the weight 1. With "table"
-            the weights to start from: a fresh model that starts from learned weights learns better ones than one long run,
-            whose model in the end remembers wrong labels.
+            the weights to start from: a fresh model can go on where one that remembers wrong labels has little to say.
         compute_sample_losses: Loss of each sample for models whose head is not known, or trained with another loss.
         **kwargs: Everything else that ``Trainer`` takes.
 

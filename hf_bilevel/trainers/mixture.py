@@ -486,6 +486,12 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
             return batches, num_items
         self._seen_step = step
         inner_steps = self.inner_steps
+        if step == 0 and inner_steps >= self.state.max_steps:
+            warnings.warn(
+                f"The weights of the domains never move: `inner_steps` is {inner_steps} and the run has "
+                f"{self.state.max_steps} steps. Lower `inner_steps`, or train longer.",
+                stacklevel=3,
+            )
         if step > 0 and step % inner_steps == 0:
             self._update(step)
         if config.hypergradient == "unrolled":
@@ -626,6 +632,12 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
 
     def _quotient(self, totals: Tensor) -> Tensor:
         sums, units = self.accelerator.reduce(totals).double().cpu()
+        if not sums.isfinite().all():
+            broken = [str(name) for name, value in zip(self.domain_names, sums, strict=True) if not value.isfinite()]
+            raise FloatingPointError(
+                f"Before step {self.state.global_step} the loss on rows of the domains {broken}, of the model or of its twin, is "
+                "NaN or infinite. Lower `learning_rate`, or look for broken samples in these domains and in `target_dataset`."
+            )
         return sums / units
 
     @staticmethod
@@ -938,6 +950,10 @@ def _read_mixture(given: Mapping[str, float] | str | os.PathLike) -> dict[str, f
 
 def _join(given: Mapping[str, Any]) -> tuple[Any, tuple[Tensor | None, list[str]]]:
     """Make one dataset of a dict of datasets, and say which rows are whose."""
+    if not given:
+        raise ValueError(
+            "`train_dataset` is an empty dict. Give it two or more datasets, by the names of their domains."
+        )
     names, parts = list(map(str, given)), list(given.values())
     streams = [isinstance(part, (IterableDataset, datasets.IterableDataset)) for part in parts]
     if any(streams):

@@ -69,7 +69,7 @@ SETTINGS = {
     "restricted": "**Restricted**: 600 rows of each of five domains, 100 of the target's",
     "structured": "**Structured**: restricted, with the manual's words in random order as one more domain",
     "blended": "**Blended**: restricted, the target is half manual and half readme",
-    "abundant": "**Abundant**: no row is seen twice",
+    "abundant": "**Abundant**: as many rows of each domain as a run of learned weights can use without repeating",
 }
 ESTIMATORS = {"naive": "naive (biased)", "bi_probe": "bi-probe", "two_sided": "two-sided", "one_sided": "one-sided"}
 

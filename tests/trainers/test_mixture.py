@@ -1034,3 +1034,28 @@ def test_a_fixed_mixture_is_drawn_where_learning_is_refused(tmp_path: Path, monk
         with pytest.raises(ValueError, match="not tested with FSDP"):
             build("llama", tmp_path, settings, trainer_kwargs=kwargs)
     build("llama", tmp_path, trainer_kwargs={"mixture": fixed, "target_dataset": None})
+
+
+@pytest.mark.parametrize("hypergradient", ["penalty", "alignment"])
+def test_a_loss_that_is_not_finite_stops_the_run(hypergradient: str, tmp_path: Path) -> None:
+    def broken(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        losses = sample_losses(model, batch)
+        return losses if model.training or torch.is_grad_enabled() else losses * math.nan
+
+    def sample_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(model(pixel_values=batch["pixel_values"]).logits, batch["labels"], reduction="none")
+
+    kwargs = {"compute_sample_losses": broken}
+    trainer = build("vit", tmp_path, {"hypergradient": hypergradient, "inner_steps": 2}, trainer_kwargs=kwargs)
+    with pytest.raises(FloatingPointError, match=r"the domains \['books', 'code', 'web'\].*Lower `learning_rate`"):
+        trainer.train()
+
+
+def test_a_run_too_short_for_an_update_is_said(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="never move: `inner_steps` is 6 and the run has 6 steps"):
+        build("vit", tmp_path, {"inner_steps": 6}, max_steps=6).train()
+
+
+def test_no_domain_at_all(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="empty dict. Give it two or more datasets"):
+        build("vit", tmp_path, {"domain_column": None}, train_dataset={})
