@@ -44,6 +44,43 @@ def cubic_size(step: int, initial_size: float, size: float, start: int, end: int
     return size + (initial_size - size) * ((end - step) / (end - start)) ** 3
 
 
+def cosine_decay(step: int, num_steps: int) -> float:
+    r"""Decay from 1 towards 0, :math:`(1 + \cos(\pi t / T)) / 2`.
+
+    Args:
+        step: t, from 0 to T.
+        num_steps: T, positive.
+
+    Returns:
+        The factor of the learning rate at that step.
+
+    Example:
+        >>> [round(cosine_decay(t, num_steps=4), 3) for t in range(5)]
+        [1.0, 0.854, 0.5, 0.146, 0.0]
+    """
+    return (1 + math.cos(math.pi * step / num_steps)) / 2
+
+
+def uniform_masks(num_samples: int, size: int, num: int, generator: torch.Generator) -> Tensor:
+    """Draw masks that keep K samples each, every subset of this size as likely as any other.
+
+    Args:
+        num_samples: n.
+        size: K, at most n.
+        num: C.
+        generator: On the CPU.
+
+    Returns:
+        The masks, ``(C, n)``, bool.
+
+    Example:
+        >>> uniform_masks(5, 2, 3, torch.Generator().manual_seed(0)).sum(1)
+        tensor([2, 2, 2])
+    """
+    chosen = torch.stack([torch.randperm(num_samples, generator=generator)[:size] for _ in range(num)])
+    return torch.zeros(num, num_samples, dtype=torch.bool).scatter_(1, chosen, True)
+
+
 def sample_masks(probabilities: Tensor, num: int, generator: torch.Generator) -> Tensor:
     r"""Draw masks, :math:`m_{ci} \sim \mathrm{Bernoulli}(s_i)`, all independent.
 
@@ -115,6 +152,43 @@ def policy_gradient(masks: Tensor, losses: Tensor, probabilities: Tensor) -> tup
     variance = probabilities * (1 - probabilities)
     gradient = torch.where(variance > 0, torch.where(likely, -total, total) / variance, 0.0)
     return gradient, len(masks) - num_kept
+
+
+def straight_through_masks(probabilities: Tensor, num: int, temperature: float, generator: torch.Generator) -> Tensor:
+    r"""Draw masks that a loss can be differentiated through: Bernoulli samples with the gradient of their relaxation.
+
+    .. math:: m_{ci} = \mathbb{1}[u_{ci} < s_i], \qquad \frac{\partial m_{ci}}{\partial s_i} :=
+        \frac{\partial}{\partial s_i}\, \mathrm{sigmoid}\Big(\frac{\mathrm{logit}\, s_i - \mathrm{logit}\, u_{ci}}{\tau}\Big)
+
+    The masks are exact; the gradient of the mean loss is biased, with less variance than ``policy_gradient``, and takes a loss
+    that is differentiable in the masks, which weigh the samples.
+
+    Args:
+        probabilities: s, ``(n,)``, floating. One that is 0 or 1 has no gradient.
+        num: C.
+        temperature: :math:`\tau`, positive: the lower, the smaller the bias and the larger the variance.
+        generator: On the device of the probabilities.
+
+    Returns:
+        The masks, ``(C, n)``, 0 or 1, of the dtype of the probabilities, with a gradient if those have one.
+
+    Example:
+        >>> s = torch.tensor([0.0, 0.5, 1.0], requires_grad=True)
+        >>> masks = straight_through_masks(s, 4, temperature=0.5, generator=torch.Generator().manual_seed(0))
+        >>> masks[:, [0, 2]].tolist()
+        [[0.0, 1.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]]
+        >>> masks.mean(0).sum().backward()
+        >>> s.grad > 0
+        tensor([False,  True, False])
+    """
+    uniform = torch.rand(
+        num, len(probabilities), generator=generator, dtype=torch.float64, device=probabilities.device
+    )
+    between = (probabilities > 0) & (probabilities < 1)
+    inside = torch.where(between, probabilities, 0.5).double()
+    relaxed = torch.sigmoid((inside.logit() - uniform.logit()) / temperature)
+    relaxed = torch.where(between, relaxed, 0.0).to(probabilities.dtype)
+    return (uniform < probabilities).to(probabilities.dtype) + (relaxed - relaxed.detach())
 
 
 def coreset_step(probabilities: Tensor, gradient: Tensor, learning_rate: float, size: float) -> Tensor:

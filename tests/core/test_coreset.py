@@ -14,12 +14,15 @@ from hf_bilevel.core.coreset import (
     CoresetProbabilities,
     best_sampled_mask,
     coreset_step,
+    cosine_decay,
     cubic_size,
     policy_gradient,
     resize_mask,
     sample_masks,
     search_progress,
+    straight_through_masks,
     top_mask,
+    uniform_masks,
 )
 from hf_bilevel.core.projections import projection_capped_simplex
 
@@ -41,7 +44,7 @@ def rough_losses(num: int, seed: int = 0) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The size
+# Schedules
 
 
 def test_cubic_size_by_hand() -> None:
@@ -436,3 +439,74 @@ def test_the_search_finds_the_best_of_all_subsets() -> None:
     assert torch.equal(top_mask(search.probabilities, size), best)
     mask, loss = best_sampled_mask(search.probabilities, size, 10, pool.losses, generator)
     assert torch.equal(mask, best) and float(loss) == pytest.approx(float(every.min()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Straight-through masks, uniform masks
+
+
+def relaxation_slope(s: float, temperature: float, num: int = 200_001) -> Tensor:
+    """Slope of the relaxed mask by s at the midpoints of many equal pieces of (0, 1), by central differences."""
+    u = (torch.arange(num, dtype=torch.float64) + 0.5) / num
+    step = 1e-5
+
+    def relaxed(s: float) -> Tensor:
+        return torch.sigmoid((math.log(s / (1 - s)) - torch.log(u / (1 - u))) / temperature)
+
+    return (relaxed(s + step) - relaxed(s - step)) / (2 * step)
+
+
+def test_straight_through_masks_are_bernoulli() -> None:
+    s = wide([0.0, 0.1, 0.5, 0.9, 1.0])
+    masks = straight_through_masks(s, 40_000, 0.5, torch.Generator().manual_seed(0))
+    assert masks.unique().tolist() == [0, 1] and not masks.requires_grad
+    error = 4 * (s * (1 - s) / 40_000).sqrt()
+    assert ((masks.mean(0) - s).abs() <= error).all()
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0])
+def test_straight_through_gradient_is_that_of_the_relaxation(temperature: float) -> None:
+    """Through a loss with products of masks, against the mean over the uniform numbers by quadrature."""
+    s = wide([0.2, 0.7]).requires_grad_()
+    num = 100_000
+    masks = straight_through_masks(s, num, temperature, torch.Generator().manual_seed(0))
+    (gradient,) = torch.autograd.grad((3 * masks[:, 0] + 2 * masks[:, 0] * masks[:, 1]).mean(), s)
+    slopes = [relaxation_slope(float(value), temperature) for value in s.detach()]
+    # The other mask is drawn independently, with mean s: d/dm_0 = 3 + 2 m_1, d/dm_1 = 2 m_0.
+    expected = torch.stack([(3 + 2 * 0.7) * slopes[0].mean(), 2 * 0.2 * slopes[1].mean()])
+    spread = torch.stack([5 * slopes[0].square().mean().sqrt(), 2 * slopes[1].square().mean().sqrt()])
+    assert ((gradient - expected).abs() <= 4 * spread / math.sqrt(num)).all()
+    assert not torch.isclose(gradient[0], wide(4.4), rtol=0.01) or temperature < 1  # biased, as documented
+
+
+def test_straight_through_gradient_of_a_single_draw() -> None:
+    s = wide([0.3]).requires_grad_()
+    mask = straight_through_masks(s, 1, 0.4, torch.Generator().manual_seed(5))
+    u = float(torch.rand(1, generator=torch.Generator().manual_seed(5), dtype=torch.float64))
+    (gradient,) = torch.autograd.grad(mask.sum(), s)
+    step = 1e-6
+
+    def relaxed(s: float) -> float:
+        return 1 / (1 + math.exp((math.log(u / (1 - u)) - math.log(s / (1 - s))) / 0.4))
+
+    assert float(mask.detach()) == (u < 0.3)
+    assert float(gradient) == pytest.approx((relaxed(0.3 + step) - relaxed(0.3 - step)) / (2 * step), rel=1e-7)
+
+
+def test_settled_probabilities_pass_no_gradient_through() -> None:
+    s = torch.tensor([0.0, 1.0, 0.5], requires_grad=True)
+    straight_through_masks(s, 3, 0.5, torch.Generator().manual_seed(0)).sum().backward()
+    assert s.grad[:2].tolist() == [0, 0] and s.grad[2] > 0
+
+
+def test_uniform_masks_draw_every_subset_alike() -> None:
+    masks = uniform_masks(4, 2, 6_000, torch.Generator().manual_seed(0))
+    assert masks.dtype == torch.bool and (masks.sum(1) == 2).all()
+    subsets, counts = masks.unique(dim=0, return_counts=True)
+    assert len(subsets) == 6
+    assert ((counts - 1000).abs() < 4 * math.sqrt(6000 * 5 / 36)).all()
+
+
+def test_cosine_decay() -> None:
+    assert [cosine_decay(t, 6) for t in (0, 3, 6)] == pytest.approx([1, 0.5, 0])
+    assert cosine_decay(2, 6) == pytest.approx(0.75)
