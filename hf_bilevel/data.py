@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from tqdm.auto import tqdm
@@ -221,6 +222,72 @@ def _pick(value: Any, indices: list[int], num_rows: int, path: str) -> Any:
         entries = [_pick(entry, indices, num_rows, f"{path}[{i}]") for i, entry in enumerate(value)]
         return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
     return value
+
+
+class CollatedRows:
+    """All rows of a map-style dataset, collated once and kept on a device, from which any can be taken.
+
+    For datasets whose rows are read many hundred times. Whatever is random in items or collator (augmentation, masking) is
+    drawn once.
+
+    Args:
+        dataset: A dataset with ``__len__`` and ``__getitem__``, not empty.
+        collator: From a list of items to a mapping.
+        device: Where to keep the rows.
+        seed: Of items and collator.
+
+    Raises:
+        ValueError: If the collator returns batches whose entries are not one per row (padding-free collators).
+
+    Example:
+        >>> from transformers import default_data_collator
+        >>> items = [{"x": [1, 0], "attention_mask": [1, 0]}, {"x": [2, 3], "attention_mask": [1, 1]}]
+        >>> rows = CollatedRows(items, default_data_collator, torch.device("cpu"), seed=0)
+        >>> rows.take(torch.tensor([0, 0]))["x"], rows.take(torch.tensor([1]))["x"]
+        (tensor([[1],
+                [1]]), tensor([[2, 3]]))
+    """
+
+    def __init__(self, dataset: Any, collator: Callable[[list[Any]], Any], device: torch.device, seed: int) -> None:
+        self._num = len(dataset)
+        with private_randomness(seed):
+            batch = collator(fetch(dataset, range(self._num)))
+        if not isinstance(batch, Mapping):
+            raise ValueError(
+                f"The data collator returned a {type(batch).__name__}; it must return a dict of model inputs."
+            )
+        pick_rows(batch, [0], self._num)
+        self.batch = send_to_device(batch, device)
+
+    def __len__(self) -> int:
+        return self._num
+
+    def take(self, indices: Tensor) -> Any:
+        """Take rows, as they would be collated alone: columns that are padding in all of them are left out.
+
+        Args:
+            indices: On the CPU, ``(k,)``, k at least 1; rows may repeat.
+
+        Returns:
+            A batch of k rows.
+        """
+        return _without_padding(pick_rows(self.batch, indices.tolist(), self._num))
+
+
+def _without_padding(batch: Any) -> Any:
+    mask = batch.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return batch
+    used = mask.bool().any(0).nonzero().flatten()
+    if len(used) in (0, mask.shape[1]):
+        return batch
+    columns = slice(int(used[0]), int(used[-1]) + 1)
+    return type(batch)(
+        {
+            key: entry[:, columns] if isinstance(entry, Tensor) and entry.shape[:2] == mask.shape else entry
+            for key, entry in batch.items()
+        }
+    )
 
 
 def plain_copy(value: Any) -> Any:
