@@ -1,9 +1,22 @@
-"""Pictures of what was learned, for READMEs and cards."""
+"""Pictures of what was learned, for READMEs and cards. All of them need matplotlib."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor
+
+KEPT, DROPPED = "#4477aa", "#cc6677"
+
+MAX_DOMAINS, MAX_NAME = 20, 28
+
+
+def _new_figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("Plots need matplotlib: `pip install matplotlib`.") from None
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def weights_histogram(weights: Tensor, wrong: Tensor | None = None) -> Any:
@@ -15,24 +28,17 @@ def weights_histogram(weights: Tensor, wrong: Tensor | None = None) -> Any:
 
     Returns:
         A matplotlib figure; ``figure.savefig(path)`` writes it.
-
-    Raises:
-        ImportError: If matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("Plots need matplotlib: `pip install matplotlib`.") from None
     values = weights.detach().cpu().numpy()
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    figure = _new_figure(6, 3.2)
     axes = figure.subplots()
     edges = np.linspace(min(0.0, values.min()), max(1.0, values.max()), 41)
     if wrong is None:
-        axes.hist(values, edges, color="#4477aa")
+        axes.hist(values, edges, color=KEPT)
     else:
         mask = wrong.cpu().numpy().astype(bool)
         groups = [values[~mask], values[mask]]
-        axes.hist(groups, edges, stacked=True, color=["#4477aa", "#cc6677"], label=["intact", "corrupted"])
+        axes.hist(groups, edges, stacked=True, color=[KEPT, DROPPED], label=["intact", "corrupted"])
         axes.legend(frameon=False)
     axes.set_xlabel("sample weight")
     axes.set_ylabel("samples")
@@ -51,17 +57,11 @@ def domain_weights_over_time(steps: list[int], weights: list[list[float]], names
 
     Returns:
         A matplotlib figure.
-
-    Raises:
-        ImportError: If matplotlib is not installed.
     """
-    try:
-        from matplotlib import colormaps
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("Plots need matplotlib: `pip install matplotlib`.") from None
+    figure = _new_figure(7, 3.4)
+    from matplotlib import colormaps
+
     values = np.asarray([*weights, weights[-1]])
-    figure = Figure(figsize=(7, 3.4), layout="constrained")
     axes = figure.subplots()
     order = np.argsort(-values[-1], kind="stable")
     for place, j in enumerate(order):
@@ -77,3 +77,103 @@ def domain_weights_over_time(steps: list[int], weights: list[list[float]], names
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def upper_losses_over_search(losses: Sequence[float], uniform_mean: float | None, found: float | None) -> Any:
+    """Draw how a search of a coreset went.
+
+    Args:
+        losses: Mean upper loss of the masks of every outer step; NaN where there was none.
+        uniform_mean: Mean upper loss of uniform draws of the same size, or None.
+        found: Upper loss of the coreset, or None.
+
+    Returns:
+        A matplotlib figure.
+    """
+    figure = _new_figure(6, 3.2)
+    axes = figure.subplots()
+    values = np.asarray(losses, dtype=float)
+    steps = np.arange(1, len(values) + 1)
+    window = max(1, len(values) // 25)
+    axes.plot(steps, values, color=KEPT, lw=0.6, alpha=0.4)
+    smooth = [
+        np.nanmean(part) if np.isfinite(part).any() else np.nan
+        for part in np.array_split(values, -(-len(values) // window))
+    ]
+    axes.plot(
+        (np.arange(len(smooth)) + 0.5) * len(values) / len(smooth),
+        smooth,
+        color=KEPT,
+        lw=1.8,
+        label="masks of a step, mean",
+    )
+    if uniform_mean is not None:
+        axes.axhline(uniform_mean, color=DROPPED, lw=1.2, ls="--", label="uniform draws, mean")
+    if found is not None:
+        axes.axhline(found, color="#228833", lw=1.2, label="coreset")
+    axes.set_xlabel("outer step")
+    axes.set_ylabel("upper loss")
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderpad=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def kept_against_dropped(ranked_by: str, edges: Sequence[float], kept: Sequence[int], dropped: Sequence[int]) -> Any:
+    """Draw how many rows of the pool were kept and how many dropped, by what ranked them.
+
+    Args:
+        ranked_by: Name of what ranked them, for the axis.
+        edges: Of the bins, ascending, one more than there are bins.
+        kept: Rows in each bin that were kept.
+        dropped: Rows in each bin that were not.
+
+    Returns:
+        A matplotlib figure.
+    """
+    figure = _new_figure(6, 3.2)
+    axes = figure.subplots()
+    left, width = np.asarray(edges[:-1]), np.diff(edges)
+    for counts, bottom, colour, name in ((kept, None, KEPT, "kept"), (dropped, kept, DROPPED, "dropped")):
+        label = f"{name}: {sum(counts):,} rows"
+        axes.bar(left, counts, width, bottom=bottom, align="edge", color=colour, label=label)
+    axes.set_xlabel(ranked_by, parse_math=False)
+    axes.set_ylabel("rows of the pool")
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderpad=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def domain_shares(names: Sequence[str], pool: Sequence[int], subset: Sequence[int]) -> Any:
+    """Draw the share of every domain in the pool and in the subset.
+
+    Args:
+        names: Of the domains; the twenty with the largest share in either are drawn.
+        pool: Rows of each in the pool.
+        subset: Rows of each in the subset.
+
+    Returns:
+        A matplotlib figure.
+    """
+    shares = np.stack([np.asarray(counts) / max(1, sum(counts)) for counts in (subset, pool)])
+    order = np.argsort(-shares.max(0), kind="stable")[:MAX_DOMAINS]
+    order = order[np.argsort(shares[0, order], kind="stable")]  # bars are drawn from below
+    figure = _new_figure(6, 1.2 + 0.32 * len(order))
+    axes = figure.subplots()
+    places = np.arange(len(order))
+    for values, offset, colour, label in ((shares[0], 0.2, KEPT, "subset"), (shares[1], -0.2, "#bbbbbb", "pool")):
+        bars = axes.barh(places + offset, 100 * values[order], 0.4, color=colour, label=label)
+        axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=7)
+    axes.set_yticks(places, [_short(names[j]) for j in order], parse_math=False)
+    axes.set_xlabel("share of the rows (%)")
+    if len(order) < len(names):
+        axes.set_ylabel(f"{len(order)} of {len(names)} domains")
+    axes.set_xlim(0, 112 * shares.max())
+    axes.set_ylim(-0.6, len(order) - 0.4)
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderpad=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _short(name: str) -> str:
+    name = " ".join(name.split())
+    return name if len(name) <= MAX_NAME else name[: MAX_NAME - 1] + "…"

@@ -1,45 +1,92 @@
 """A selection as an artefact: which samples of a dataset to keep, with what weight, and where that came from."""
 
+import hashlib
 import json
 import os
-from dataclasses import dataclass, field
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import torch
+from datasets.table import embed_table_storage
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
 
-ROWS_NAME = "subset.parquet"
+from hf_bilevel.cards import ROWS_PATH, SELECTION_PATH, dataset_card
+from hf_bilevel.plots import domain_shares, kept_against_dropped
+
 FACTS_NAME = "subset.json"
+CARD_NAME = "README.md"
+PICTURES = {"ranking": "ranking.png", "domains": "domains.png"}
+
+FORMAT_VERSION = 1
+
+# Attribute -> (name in the file, type in the file)
+_COLUMNS = {
+    "ids": ("id", "int64"),
+    "weights": ("weight", "float"),
+    "scores": ("score", "float"),
+    "counts": ("count", "int64"),
+    "probabilities": ("probability", "float"),
+    "domain_ids": ("domain", "int64"),
+}
 
 
 @dataclass
 class SelectedSubset:
-    """Samples of a dataset, by id.
+    """Samples of a dataset, by id, with what is known of each and of how they were selected.
 
     Args:
         ids: Rows of the dataset, ``(n,)``, int64, each at most once.
-        weights: Weight of each, ``(n,)``, floating, or None.
         num_pool: Length of the dataset that the ids index.
+        weights: Weight of each in the loss, ``(n,)``, floating, or None.
+        scores: Score of each, ``(n,)``, floating, higher is selected first, or None.
+        counts: How often each was trained on, ``(n,)``, int64, or None.
+        probabilities: Probability of each to be in the subset, ``(n,)``, floating, or None.
+        domain_ids: Domain of each, ``(n,)``, int64, or None.
+        domain_names: Names of the domains, by their ids; None without domains.
         fingerprint: The dataset's fingerprint if it is a ``datasets.Dataset``, else None.
-        facts: Where the selection came from, as JSON-compatible values.
+        facts: Where the selection came from, as JSON-compatible values; a trainer's ``selected_subset`` fills them in. Add
+            what only you know, for the card: ``facts["metrics"]``, a dict of numbers, and ``facts["controls"]``, a dict of such
+            dicts, for instance ``{"random": {"accuracy": 0.71}}``.
 
     Raises:
-        ValueError: If ids repeat or lie outside the dataset, or the weights have another length.
+        ValueError: If ids repeat or lie outside the dataset, or a column has another length, type or range.
 
     Example:
         >>> pool = datasets.Dataset.from_dict({"text": ["a", "b", "c"]})
-        >>> subset = SelectedSubset(torch.tensor([2, 0]), torch.tensor([0.9, 0.8]), 3, pool._fingerprint)
+        >>> subset = SelectedSubset(
+        ...     torch.tensor([2, 0]), num_pool=3, weights=torch.tensor([0.9, 0.8]), fingerprint=pool._fingerprint
+        ... )
         >>> subset.to_dataset(pool)["text"][:]
         ['c', 'a']
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     subset.save(folder)
+        ...     load_selected_subset(folder).weights
+        tensor([0.9000, 0.8000])
     """
 
     ids: Tensor
-    weights: Tensor | None
     num_pool: int
+    _: KW_ONLY
+    weights: Tensor | None = None
+    scores: Tensor | None = None
+    counts: Tensor | None = None
+    probabilities: Tensor | None = None
+    domain_ids: Tensor | None = None
+    domain_names: list[str] | None = None
     fingerprint: str | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -52,11 +99,25 @@ class SelectedSubset:
             raise ValueError(
                 f"`ids` from {int(self.ids.min())} to {int(self.ids.max())} do not index a dataset of {self.num_pool} rows."
             )
-        if self.weights is not None and self.weights.shape != self.ids.shape:
-            raise ValueError(f"{len(self.ids)} ids have weights of shape {tuple(self.weights.shape)}.")
+        for name, values in self._columns().items():
+            if values.shape != self.ids.shape:
+                raise ValueError(f"{len(self.ids)} ids have `{name}` of shape {tuple(values.shape)}.")
+            if values.is_floating_point() != (_COLUMNS[name][1] == "float"):
+                raise ValueError(f"`{name}` must be of {_COLUMNS[name][1]}, got {values.dtype}.")
+        if (self.domain_ids is None) != (self.domain_names is None):
+            raise ValueError("`domain_ids` and `domain_names` belong together: give both or none.")
+        if self.domain_names is not None and len(set(self.domain_names)) != len(self.domain_names):
+            raise ValueError(f"`domain_names` must differ from each other, got {self.domain_names}.")
+        if self.domain_ids is not None and len(self.ids):
+            lowest, highest, num = int(self.domain_ids.min()), int(self.domain_ids.max()), len(self.domain_names)
+            if not 0 <= lowest <= highest < num:
+                raise ValueError(f"`domain_ids` from {lowest} to {highest} do not index {num} `domain_names`.")
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def _columns(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in _COLUMNS if getattr(self, name) is not None}
 
     def to_dataset(self, pool: datasets.Dataset) -> datasets.Dataset:
         """Take the selected rows, in the order of ``ids``.
@@ -80,19 +141,334 @@ class SelectedSubset:
             )
         return pool.select(self.ids.tolist())
 
+    # Files ----------------------------------------------------------------------------------------------------------
+
     def save(self, folder: str | os.PathLike) -> None:
-        """Write ``subset.parquet`` (one row per sample) and ``subset.json``, readable without this package."""
+        """Write ``subset.parquet`` (one row per sample) and ``subset.json``, readable without this package.
+
+        Each file is replaced as a whole, and the second names the first by its checksum, so that what a crash leaves is
+        loaded as it was before or refused.
+
+        Args:
+            folder: Where to write; made if it is not there.
+
+        Raises:
+            ValueError: If the facts are not JSON-compatible.
+        """
+        facts = {
+            "format_version": FORMAT_VERSION,
+            "num_rows": len(self),
+            "num_pool": self.num_pool,
+            "fingerprint": self.fingerprint,
+            "domain_names": self.domain_names,
+            "facts": self.facts,
+        }
+        try:
+            json.dumps(facts, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"`facts` must hold what JSON can: dicts, lists, strings, finite numbers, true, false and null ({error}). "
+                "Convert the rest, tensors with `tolist()` for instance."
+            ) from error
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        columns = {"id": self.ids.tolist()} | ({} if self.weights is None else {"weight": self.weights.tolist()})
-        pyarrow.parquet.write_table(pyarrow.table(columns), folder / ROWS_NAME)
-        facts = {"num_pool": self.num_pool, "fingerprint": self.fingerprint, "facts": self.facts}
-        (folder / FACTS_NAME).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        with _replacing(folder / SELECTION_PATH) as path:
+            pyarrow.parquet.write_table(self._table(), path)
+            facts["sha256"] = _checksum(path)
+        with _replacing(folder / FACTS_NAME) as path:
+            path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+    def _table(self) -> pyarrow.Table:
+        arrays, features = {}, {}
+        for name, values in self._columns().items():
+            column, kind = _COLUMNS[name]
+            values = values.detach().cpu()
+            if kind == "float" and values.dtype != torch.float64:
+                values = values.float()
+            arrays[column] = values.numpy()
+            features[column] = datasets.Value(str(values.dtype).removeprefix("torch."))
+        if self.domain_names is not None:
+            features["domain"] = datasets.ClassLabel(names=list(map(str, self.domain_names)))
+        # The schema tells `datasets` the names of the domains, and is plain numbers to everything else.
+        return pyarrow.table(arrays, schema=datasets.Features(features).arrow_schema)
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "SelectedSubset":
-        """Read what ``save`` has written."""
-        rows = pyarrow.parquet.read_table(Path(folder) / ROWS_NAME).to_pydict()
-        facts = json.loads((Path(folder) / FACTS_NAME).read_text(encoding="utf-8"))
-        weights = torch.tensor(rows["weight"]) if "weight" in rows else None
-        return cls(torch.tensor(rows["id"], dtype=torch.int64), weights, **facts)
+        """Read what ``save`` has written.
+
+        Args:
+            folder: Where it is.
+
+        Returns:
+            The subset.
+
+        Raises:
+            ValueError: If a file is missing, damaged, or not the one that belongs to the other.
+        """
+        path, rows_path = Path(folder) / FACTS_NAME, Path(folder) / SELECTION_PATH
+        for file in (path, rows_path):
+            if not file.is_file():
+                raise ValueError(
+                    f"`{file}` is missing: there is no selected subset, or it was not written to its end."
+                )
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            found = facts["format_version"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"`{path}` cannot be read ({type(error).__name__}: {error}): it is damaged.") from error
+        if found != FORMAT_VERSION:
+            raise ValueError(
+                f"`{path}` is of format {found!r}, this version of hf_bilevel reads {FORMAT_VERSION}. Update hf_bilevel."
+            )
+        if _checksum(rows_path) != facts.get("sha256"):
+            raise ValueError(
+                f"`{rows_path}` is not the file that `{path}` was written with: one of them is damaged, was changed, or was "
+                "not written to its end. Save or download the subset again."
+            )
+        try:
+            table = pyarrow.parquet.read_table(rows_path)
+            columns = {
+                name: torch.from_numpy(table[column].to_numpy().copy())
+                for name, (column, _) in _COLUMNS.items()
+                if column in table.column_names
+            }
+            keys = ("num_pool", "domain_names", "fingerprint", "facts")
+            return cls(**columns, **{key: facts[key] for key in keys})
+        except (ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
+            raise ValueError(f"`{path}` and `{rows_path}` do not make a selected subset: {error}") from error
+
+    # The Hub --------------------------------------------------------------------------------------------------------
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        data: str = "rows",
+        pool: datasets.Dataset | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        folder: str | os.PathLike | None = None,
+        commit_message: str = "Upload a selected subset",
+    ) -> CommitInfo:
+        """Upload the subset as a dataset, with a card written from its facts.
+
+        ``datasets.load_dataset(repo_id)`` then gives the selected rows, exactly as they are in the pool, in the order of
+        ``ids``, and ``datasets.load_dataset(repo_id, "selection")`` their numbers with weights, scores and the like;
+        ``load_selected_subset(repo_id)`` gives this object back.
+
+        All of it is written to a local folder first and uploaded in one commit, so the repository is as it was before or
+        complete. Files of an earlier subset that this one lacks are removed by the same commit.
+
+        Args:
+            repo_id: ``namespace/name`` of a dataset repository; made if it is not there.
+            data: ``"rows"`` uploads the selected rows, ``"ids"`` only their numbers, for a pool that may not be passed on.
+            pool: The dataset that was selected from, for ``data="rows"``.
+            private: Whether a new repository is private: yes unless False. One that is there stays what it is, and it is an error
+                to ask for something else.
+            revision: Branch, made if it is not there; None for the main one.
+            token: Token with write access; the one of ``hf auth login`` or ``HF_TOKEN`` if None. It is not stored.
+            folder: Where to write before the upload, and to keep it. If None a temporary folder, kept only if the upload fails.
+            commit_message: Of the commit.
+
+        Returns:
+            The commit, with ``commit_url`` and ``oid``, which pins this version as a ``revision``.
+
+        Raises:
+            ValueError: If ``data`` and ``pool`` do not fit, or ``repo_id`` is not the name of a repository.
+            LocalTokenNotFoundError: If there is no token.
+            RuntimeError: If the upload fails. The message says where everything lies and how to try again.
+        """
+        if data not in ("ids", "rows"):
+            raise ValueError(f"`data` must be one of ids, rows; got {data!r}.")
+        if data == "rows" and not isinstance(pool, datasets.Dataset):
+            raise ValueError(
+                f"`data='rows'` uploads the selected rows and needs `pool`, the `datasets.Dataset` that was selected from; got "
+                f"{type(pool).__name__}. Pass it, or use `data='ids'`."
+            )
+        if token is None and huggingface_hub.get_token() is None:
+            raise LocalTokenNotFoundError(
+                "There is no token to upload with. Run `hf auth login`, set the environment variable HF_TOKEN, or pass `token=`; "
+                "tokens with write access are made at https://huggingface.co/settings/tokens. Nothing was written."
+            )
+        validate_repo_id(repo_id)
+        if "/" not in repo_id:
+            raise ValueError(
+                f"`repo_id` must be `namespace/name`, your user name or an organisation first; got {repo_id!r}."
+            )
+        rows = self.to_dataset(pool) if data == "rows" else None
+        written = Path(tempfile.mkdtemp(prefix="selected-subset-") if folder is None else folder).resolve()
+        paths = self._write_repository(written, repo_id, rows)
+        try:
+            commit = _upload(written, paths, repo_id, private, revision, token, commit_message)
+        except Exception as error:  # the client raises its own errors, those of its HTTP library, and built-in ones
+            given = {"data": data, "private": private, "revision": revision, "folder": str(written)}
+            arguments = [f"{key}={value!r}" for key, value in given.items() if value is not None]
+            arguments += ["pool=pool"] if data == "rows" else []
+            causes = [error] if error.__cause__ is None else [error, error.__cause__]  # the client's may not say why
+            reason = "; ".join(f"{type(cause).__name__}: {cause}" for cause in causes)
+            raise RuntimeError(
+                f"The upload to `{repo_id}` failed ({reason}). The subset is whole in `{written}`, card "
+                f"and all. To try again: `SelectedSubset.load({str(written)!r}).push_to_hub({repo_id!r}, {', '.join(arguments)})`."
+            ) from error
+        if folder is None:
+            shutil.rmtree(written)
+        return commit
+
+    def _write_repository(self, folder: Path, repo_id: str, rows: datasets.Dataset | None) -> list[str]:
+        """Write everything to upload and return the paths inside the folder."""
+        pictures = {}
+        self.save(folder)
+        for name, draw in (("ranking", kept_against_dropped), ("domains", domain_shares)):
+            if self.facts.get(name):
+                try:
+                    draw(**self.facts[name]).savefig(folder / PICTURES[name], dpi=150)
+                except ImportError:  # without matplotlib the card does with its tables
+                    continue
+                pictures[name] = PICTURES[name]
+        if rows is not None:
+            _write_rows(rows, folder / ROWS_PATH)
+        card = dataset_card(
+            repo_id,
+            self.facts,
+            num_kept=len(self),
+            num_pool=self.num_pool,
+            fingerprint=self.fingerprint,
+            columns=[_COLUMNS[name][0] for name in self._columns()],
+            with_rows=rows is not None,
+            pictures=pictures,
+        )
+        with _replacing(folder / CARD_NAME) as path:
+            path.write_text(card, encoding="utf-8")
+        return [FACTS_NAME, SELECTION_PATH, CARD_NAME, *pictures.values(), *([] if rows is None else [ROWS_PATH])]
+
+
+def load_selected_subset(
+    repo_id: str | os.PathLike, revision: str | None = None, token: str | None = None
+) -> SelectedSubset:
+    """Load a subset that ``push_to_hub`` has uploaded, or ``save`` has written.
+
+    Only numbers are downloaded, and nothing that is downloaded is executed. ``subset.to_dataset(pool)`` takes the rows, and checks
+    that the pool is the one that was selected from.
+
+    Args:
+        repo_id: Name of a dataset repository, or a local folder.
+        revision: Branch, tag or commit; None for the newest on the main branch.
+        token: For private repositories; the one of ``hf auth login`` or ``HF_TOKEN`` if None.
+
+    Returns:
+        The subset.
+    """
+    if Path(repo_id).is_dir():
+        return SelectedSubset.load(repo_id)
+    patterns = [FACTS_NAME, SELECTION_PATH]
+    return SelectedSubset.load(
+        huggingface_hub.snapshot_download(
+            str(repo_id), repo_type="dataset", revision=revision, token=token, allow_patterns=patterns
+        )
+    )
+
+
+def dataset_facts(dataset: Any) -> dict[str, str]:
+    """Say what a dataset knows of where it comes from.
+
+    Args:
+        dataset: Any; only a ``datasets.Dataset`` knows something.
+
+    Returns:
+        Those of ``name``, ``config``, ``version``, and of one from the Hub ``source`` and ``revision`` (its commit), that are known.
+
+    Example:
+        >>> dataset_facts(datasets.Dataset.from_dict({"text": ["a"]}))
+        {}
+    """
+    if not isinstance(dataset, datasets.Dataset):
+        return {}
+    info = dataset.info
+    version = None if info.version is None or str(info.version) == "0.0.0" else str(info.version)
+    facts = {"name": info.dataset_name, "config": info.config_name, "version": version}
+    # The cache names the repository and the commit of what was loaded from the Hub; nothing else in a dataset does.
+    pattern = re.compile(r"(?:([^/\\]+)___)?([^/\\]+)[/\\][^/\\]+[/\\][^/\\]+[/\\]([0-9a-f]{40})[/\\][^/\\]+")
+    origins = {match.groups() for file in dataset.cache_files if (match := pattern.search(file["filename"]))}
+    if len(origins) == 1:
+        namespace, name, facts["revision"] = origins.pop()
+        facts["source"] = name if namespace is None else f"{namespace}/{name}"
+    return {key: value for key, value in facts.items() if value is not None}
+
+
+def ranking_facts(ranked_by: str, values: Tensor, kept: Tensor) -> dict[str, Any]:
+    """Count the rows that were kept and dropped, by what ranked them.
+
+    Args:
+        ranked_by: Its name.
+        values: Of the rows that have one, ``(m,)``.
+        kept: Which of them were kept, bool, ``(m,)``.
+
+    Returns:
+        A histogram with 40 bins: ``ranked_by``, ``edges``, ``kept`` and ``dropped``; values that are not finite are left out.
+
+    Example:
+        >>> facts = ranking_facts("score", torch.tensor([0.0, 1.0, 4.0]), torch.tensor([False, False, True]))
+        >>> facts["edges"][-1], facts["kept"][-1], sum(facts["dropped"])
+        (4.0, 1, 2)
+    """
+    values, kept = values.detach().double().cpu().numpy(), kept.cpu().numpy()
+    finite = np.isfinite(values)
+    edges = np.histogram_bin_edges(values[finite], bins=40)
+    counts = {
+        name: np.histogram(values[finite & mask], edges)[0].tolist()
+        for name, mask in (("kept", kept), ("dropped", ~kept))
+    }
+    return {"ranked_by": ranked_by, "edges": edges.tolist(), **counts}
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Write beside a file, and put the whole in its place."""
+    partial = path.with_name(path.name + ".partial")
+    yield partial
+    os.replace(partial, path)
+
+
+def _checksum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _write_rows(rows: datasets.Dataset, path: Path) -> None:
+    """Write rows as Parquet, with the content of images and the like that they only name."""
+    path.parent.mkdir(exist_ok=True)
+    with _replacing(path) as partial, pyarrow.parquet.ParquetWriter(partial, rows.features.arrow_schema) as writer:
+        for table in rows.with_format("arrow").iter(batch_size=1000):
+            writer.write_table(embed_table_storage(table))
+
+
+def _upload(
+    folder: Path,
+    paths: list[str],
+    repo_id: str,
+    private: bool | None,
+    revision: str | None,
+    token: str | None,
+    commit_message: str,
+) -> CommitInfo:
+    """Upload files of a folder in one commit, and remove what an earlier subset left."""
+    api, kind = HfApi(token=token, library_name="hf_bilevel"), "dataset"
+    api.create_repo(repo_id, repo_type=kind, private=private is not False, exist_ok=True)
+    is_private = api.repo_info(repo_id, repo_type=kind).private
+    if private is not None and private != is_private:
+        raise ValueError(
+            f"`{repo_id}` exists and is {'private' if is_private else 'public'}, which `private={private}` does not change. "
+            "Change it in the settings of the repository, leave `private` out, or choose another name"
+        )
+    if revision is not None:
+        api.create_branch(repo_id, repo_type=kind, branch=revision, exist_ok=True)
+    there = set(api.list_repo_files(repo_id, repo_type=kind, revision=revision))
+    others = sorted(there - {".gitattributes", CARD_NAME})
+    if others and FACTS_NAME not in there:
+        raise ValueError(
+            f"`{repo_id}` holds something else, {others[0]!r} for instance, whose card would be replaced. Choose another name"
+        )
+    stale = there & {ROWS_PATH, *PICTURES.values()} - set(paths)
+    operations = [CommitOperationAdd(path, folder / path) for path in paths]
+    operations += [CommitOperationDelete(path) for path in sorted(stale)]
+    return api.create_commit(repo_id, operations, commit_message=commit_message, repo_type=kind, revision=revision)

@@ -14,14 +14,14 @@ import torch
 from tiny import MODELS, make_dataset, make_model, make_trainer, parameters_of
 from transformers import Trainer, TrainerCallback, set_seed
 
-from hf_bilevel import BladeTrainer, BrosTrainer, MixtureTrainer
+from hf_bilevel import BladeTrainer, BrosTrainer, CoresetTrainer, MixtureTrainer
 
 
 class Method(NamedTuple):
     trainer_class: type[Trainer]
     off: dict[str, Any]  # settings that make it the plain Trainer
     on: dict[str, Any]
-    stream: dict[str, Any] = {}  # more settings for streams
+    stream: dict[str, Any] | None = {}  # more settings for streams; None if they are refused
 
 
 METHODS = {
@@ -41,6 +41,12 @@ METHODS = {
         off={"mixture": "proportional"},
         on={"domain_column": "source", "inner_steps": 3, "reference_steps": 2},
         stream={"realisation": "weight", "domain_names": ["books", "code", "web"]},
+    ),
+    "coreset": Method(
+        CoresetTrainer,
+        off={"size": "pool"},
+        on={"size": 0.5, "outer_steps": 3, "inner_steps": 2, "num_masks": 2, "num_final_masks": 2},
+        stream=None,
     ),
 }
 
@@ -146,10 +152,14 @@ def test_resuming_is_not_visible(method: str, name: str, step: int, tmp_path: Pa
 def test_streaming(method: str, name: str, tmp_path: Path) -> None:
     pool = make_dataset(name, 64)
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
-    stream = {"settings": METHODS[method].stream}
     off = build(method, name, tmp_path, on=False, train_dataset=pool.to_iterable_dataset(), **settings)
     plain = make_trainer(Trainer, name, tmp_path, train_dataset=pool.to_iterable_dataset(), **settings)
     assert torch.equal(run(off), run(plain))
+    if METHODS[method].stream is None:
+        with pytest.raises(ValueError, match="`train_dataset` is a stream"):
+            build(method, name, tmp_path, train_dataset=pool.to_iterable_dataset(), **settings)
+        return
+    stream = {"settings": METHODS[method].stream}
     whole = build(method, name, tmp_path / "whole", train_dataset=pool.to_iterable_dataset(), **stream, **settings)
     parameters = run(whole)
     assert not torch.equal(parameters, parameters_of(plain))
@@ -175,10 +185,14 @@ def test_evaluation_is_untouched(method: str, name: str, tmp_path: Path) -> None
 
 def test_best_model_metrics_and_callbacks(method: str, name: str, tmp_path: Path) -> None:
     seen: list[int] = []
+    logged: set[str] = set()
 
     class Watch(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs) -> None:
             seen.append(state.global_step)
+
+        def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+            logged.update(logs)
 
     trainer = build(
         method,
@@ -202,7 +216,6 @@ def test_best_model_metrics_and_callbacks(method: str, name: str, tmp_path: Path
     assert trainer.state.best_metric is not None and trainer.state.best_model_checkpoint is not None
     best = type(trainer.model).from_pretrained(trainer.state.best_model_checkpoint)
     assert torch.equal(torch.cat([p.flatten() for p in best.parameters()]), parameters_of(trainer))
-    logged = set().union(*trainer.state.log_history)
     assert any(key.startswith(f"{method}/") for key in logged)
 
 

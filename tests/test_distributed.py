@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from tiny import make_dataset, make_model, make_trainer, wide_norms
 from transformers import set_seed
-from two_processes import GLOBAL_LEARNING_RATE, GLOBAL_RUNS, variables
+from two_processes import CORESET_ON, GLOBAL_LEARNING_RATE, GLOBAL_RUNS, variables
 
-from hf_bilevel import BrosConfig, BrosTrainer
+from hf_bilevel import BrosConfig, BrosTrainer, CoresetConfig, CoresetTrainer, load_selected_subset
 
 MIXTURE_CASES = ("mixture vit", "mixture llama", "mixture alignment")
 
@@ -23,10 +23,23 @@ def test_two_processes(tmp_path: Path) -> None:
     )
     output = result.stdout + result.stderr
     assert result.returncode == 0, output[-6000:]
-    for case in ("vit", "llama", "bert", "lora", "bros vit", "bros llama", "bros network", *MIXTURE_CASES):
+    for case in ("vit", "llama", "bert", "lora", "bros vit", "bros llama", "bros network", *MIXTURE_CASES, "coreset"):
         assert f"{case}: passed" in output, output[-6000:]
     for case, expected in torch.load(tmp_path / "global.pt", weights_only=True).items():
         assert_one_process_is_the_same(case, expected, tmp_path)
+    one = make_trainer(
+        CoresetTrainer,
+        "vit",
+        tmp_path / "one process",
+        model=make_model("vit", dropout=0.2),
+        trainer_kwargs={
+            "target_dataset": make_dataset("vit", 10, seed=7),
+            "bilevel_config": CoresetConfig(**CORESET_ON),
+        },
+    ).search()
+    two = load_selected_subset(tmp_path / "coreset" / "subset")
+    assert torch.equal(one.ids, two.ids)
+    torch.testing.assert_close(one.probabilities, two.probabilities, rtol=0, atol=1e-5)
 
 
 def assert_one_process_is_the_same(case: str, expected: dict[str, torch.Tensor], folder: Path) -> None:

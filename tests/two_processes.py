@@ -16,7 +16,16 @@ import torch.distributed as dist
 from tiny import make_dataset, make_model, make_trainer, parameters_of, wide_norms
 from transformers import Trainer, set_seed
 
-from hf_bilevel import BladeConfig, BladeTrainer, BrosConfig, BrosTrainer, MixtureConfig, MixtureTrainer
+from hf_bilevel import (
+    BladeConfig,
+    BladeTrainer,
+    BrosConfig,
+    BrosTrainer,
+    CoresetConfig,
+    CoresetTrainer,
+    MixtureConfig,
+    MixtureTrainer,
+)
 
 ON = {"selection_ratio": 0.5, "sync_steps": 3, "reference_steps": 2, "penalty": 0.5, "domain_column": "source"}
 
@@ -24,7 +33,20 @@ ON = {"selection_ratio": 0.5, "sync_steps": 3, "reference_steps": 2, "penalty": 
 BROS_ON = {"rank": 0.5, "refresh_steps": 2, "domain_column": "source"}
 BROS_OFF = {"upper_variable": "fixed", "rank": "full"}
 MIXTURE_ON = {"inner_steps": 3, "reference_steps": 2, "domain_column": "source"}
-TRAINERS = {BladeConfig: BladeTrainer, BrosConfig: BrosTrainer, MixtureConfig: MixtureTrainer}
+CORESET_ON = {
+    "size": 12,
+    "outer_steps": 4,
+    "inner_steps": 2,
+    "num_masks": 3,
+    "num_final_masks": 2,
+    "inner_batch_size": 4,
+}
+TRAINERS = {
+    BladeConfig: BladeTrainer,
+    BrosConfig: BrosTrainer,
+    CoresetConfig: CoresetTrainer,
+    MixtureConfig: MixtureTrainer,
+}
 # Runs that see the same global batches as one process: the weights must not be scaled within a rank, and what differs by
 # rounding must not be amplified by finite differences or AdamW. Model, settings, arguments of the trainer.
 GLOBAL_RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -57,7 +79,7 @@ def lora_model() -> torch.nn.Module:
 def run(
     folder: Path,
     name: str,
-    config: BladeConfig | BrosConfig | MixtureConfig | None,
+    config: BladeConfig | BrosConfig | CoresetConfig | MixtureConfig | None,
     resume: Path | None = None,
     trainer_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
@@ -192,6 +214,30 @@ def check_mixture(folder: Path, case: str, name: str, **settings: Any) -> None:
         print(f"{case}: passed")  # noqa: T201
 
 
+def check_coreset(folder: Path, case: str) -> None:
+    """The search is also compared with that of one process, by test_distributed.py."""
+    model = make_model("vit", dropout=0.2)
+    with torch.no_grad():
+        model.classifier.weight.add_(int(os.environ["RANK"]))  # the first rank's model must count
+    trainer = run(folder / "on", "vit", CoresetConfig(**CORESET_ON), model=model)
+    subset = trainer.selected_subset()
+    found = {"ids": subset.ids, "probabilities": subset.probabilities, "parameters": parameters_of(trainer)}
+    for key, value in found.items():
+        assert same_on_both(value), f"{case}: the ranks' {key} differ"
+    resumed = run(
+        folder / "resumed",
+        "vit",
+        CoresetConfig(**CORESET_ON),
+        resume=folder / "on" / "checkpoint-2",
+        model=make_model("vit", dropout=0.2),
+    )
+    assert torch.equal(resumed.selected_subset().ids, subset.ids), f"{case}: the coreset was not kept"
+    assert torch.equal(parameters_of(resumed), found["parameters"]), f"{case}: resumed differs"
+    if dist.get_rank() == 0:
+        subset.save(folder / "subset")
+        print(f"{case}: passed")  # noqa: T201
+
+
 def save_global_runs(folder: Path) -> None:
     """For test_distributed.py, which compares them with one process and the doubled batch."""
     results = {}
@@ -224,6 +270,7 @@ def main() -> None:
         inner_steps=2,
         reference_steps="auto",
     )
+    check_coreset(folder / "coreset", "coreset")
     save_global_runs(folder)
     dist.barrier()
     dist.destroy_process_group()

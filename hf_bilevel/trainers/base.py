@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import platform
 import warnings
@@ -20,6 +21,7 @@ from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_bilevel.core.selection import num_selected
 from hf_bilevel.data import (
     SAMPLE_ID,
     DataCollatorWithOrigin,
@@ -35,6 +37,7 @@ from hf_bilevel.data import (
     read_domains,
 )
 from hf_bilevel.losses import IGNORE_INDEX, SampleLossFunction, UnitLosses, evaluating, unit_losses
+from hf_bilevel.subset import SelectedSubset, dataset_facts, ranking_facts
 from hf_bilevel.trainers.config import BilevelConfig
 
 STATE_NAME = "bilevel_state.pt"
@@ -532,6 +535,73 @@ class BilevelMixin:
             "num_target": None if self.target_dataset is None else len(self.target_dataset),
             "domain_names": self.domain_names,
             "versions": _versions(),
+        }
+
+    def _num_kept(self, fraction: float, num_ranked: int) -> int:
+        """Turn a fraction of the pool into a number of rows, of which ``num_ranked`` can be told apart."""
+        if not 0 < fraction <= 1:
+            raise ValueError(f"`fraction` must be in (0, 1], got {fraction}.")
+        num_pool = len(self.train_dataset)
+        num = num_selected(fraction, num_pool)
+        if num > num_ranked:
+            raise ValueError(
+                f"`fraction={fraction}` of {num_pool} rows is {num}, and the run has seen only {num_ranked} of them. Lower "
+                f"`fraction` to at most {math.floor(1000 * num_ranked / num_pool) / 1000}, or train for more steps."
+            )
+        return num
+
+    def _subset_of_pool(
+        self,
+        ids: torch.Tensor,
+        facts: dict[str, Any],
+        ranking: tuple[str, torch.Tensor, torch.Tensor] | None = None,
+        **columns: torch.Tensor,
+    ) -> SelectedSubset:
+        """Make an artefact of rows of the pool, with what is needed to judge or repeat the selection.
+
+        Args:
+            ids: The rows, on the CPU, in the order wanted.
+            facts: What the method adds to ``bilevel_facts``.
+            ranking: What ranked the pool: its name, the rows that it ranked, and their values.
+            **columns: As for ``SelectedSubset``.
+
+        Returns:
+            The subset, with domains where they are known.
+        """
+        pool, num_pool = self.train_dataset, len(self.train_dataset)
+        facts = {
+            **self.bilevel_facts(),
+            "model": self._model_name(),
+            "dataset": dataset_facts(pool),
+            "metrics": self._last_metrics(),
+            **facts,
+        }
+        if ranking is not None:
+            name, ranked, values = ranking
+            facts["ranking"] = ranking_facts(name, values, torch.isin(ranked, ids))
+        names = None
+        if self._domain_ids is not None:
+            names, columns["domain_ids"] = list(map(str, self.domain_names)), self._domain_ids[ids]
+            counts = (torch.bincount(part, minlength=len(names)) for part in (self._domain_ids, columns["domain_ids"]))
+            facts["domains"] = dict(
+                zip(("names", "pool", "subset"), [names, *(c.tolist() for c in counts)], strict=True)
+            )
+        fingerprint = getattr(pool, "_fingerprint", None)
+        return SelectedSubset(ids, num_pool, domain_names=names, fingerprint=fingerprint, facts=facts, **columns)
+
+    def _model_name(self) -> str:
+        """Name the model as a reader elsewhere can: a local folder by its own name only, one without a name by its class."""
+        name = getattr(getattr(self.model, "config", None), "_name_or_path", "") or type(self.model).__name__
+        return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
+
+    def _last_metrics(self) -> dict[str, float]:
+        """Collect the last value of everything that evaluations measured, without timings."""
+        return {
+            key: value
+            for entry in self.state.log_history
+            for key, value in entry.items()
+            if key.startswith("eval_") and not key.endswith(("_runtime", "_per_second"))
+            if isinstance(value, (int, float)) and math.isfinite(value)
         }
 
 

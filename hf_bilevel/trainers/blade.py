@@ -1,6 +1,7 @@
 """BLADE: train on the samples or tokens on which the model does worst compared with a dynamic reference model."""
 
 import math
+import sys
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,7 @@ from hf_bilevel.losses import (
     token_losses_from_logits,
     unsupported_head,
 )
+from hf_bilevel.subset import SelectedSubset
 from hf_bilevel.trainers.config import BilevelConfig
 from hf_bilevel.trainers.reference import ReferenceMixin
 
@@ -178,6 +180,7 @@ class BladeMixin(ReferenceMixin):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._pending: deque[tuple[Origin, Tensor | None]] = deque()  # what compute_loss needs for each micro-batch
+        self.sample_tally: SelectionTally | None = None
         super().__init__(*args, **kwargs)
 
     # Setup ----------------------------------------------------------------------------------------------------------
@@ -528,7 +531,47 @@ class BladeMixin(ReferenceMixin):
         finite = units.losses.detach().isfinite()
         return units.mean(finite if selection is None else selection & finite)
 
+    # Results --------------------------------------------------------------------------------------------------------
+
+    def selected_subset(self, *, fraction: float) -> SelectedSubset:
+        """Take the samples that were selected most often when they were candidates, those with the higher scores first.
+
+        Args:
+            fraction: Share of the training dataset to keep, in (0, 1]; of no more rows than were candidates in the run.
+
+        Returns:
+            The subset, the most selected first. Scores: the share of a sample's units, over all visits, that was selected; among
+            equals the mean score decides. Counts: units trained on, tokens at token level.
+
+        Raises:
+            RuntimeError: Before training, with ``selection_ratio=1``, and for streams, whose samples have no number.
+        """
+        if self.sample_tally is None or self._is_stream:
+            raise RuntimeError(
+                "There is no selection before training and with `selection_ratio=1`, and for a stream there are no rows."
+            )
+        tables = self.sample_tally.state_dict()
+        ranked = tables["offered"].nonzero().flatten()
+        offered, counts, totals = (tables[name][ranked] for name in ("offered", "selected", "score_sum"))
+        shares = counts / offered
+        order = (totals / offered).argsort(descending=True, stable=True)
+        order = order[shares[order].argsort(descending=True, stable=True)]
+        kept = order[: self._num_kept(fraction, len(ranked))]
+        return self._subset_of_pool(
+            ranked[kept],
+            {"selection": {"fraction": fraction}},
+            ("share of a sample's units that was selected", ranked, shares),
+            scores=shares[kept],
+            counts=counts[kept].long(),
+        )
+
     # State, logging, facts ------------------------------------------------------------------------------------------
+
+    def _end_training(self) -> None:
+        super()._end_training()
+        # Not when training failed: the other processes may not come here, and waiting for them would hang.
+        if not self._is_off() and sys.exc_info()[0] is None:
+            self._merge(self.sample_tally)
 
     def _merge(self, tally: SelectionTally) -> None:
         """Give all ranks the sum of all ranks' counts."""

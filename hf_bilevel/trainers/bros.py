@@ -700,18 +700,16 @@ class BrosMixin(BilevelMixin):
             The subset, the largest weight first.
 
         Raises:
-            ValueError: If not exactly one of the two is given, or the fraction is out of range.
+            ValueError: If not exactly one of the two is given, or the fraction is out of range or of more rows than have a
+                weight.
         """
         if (fraction is None) == (min_weight is None):
             raise ValueError("Give one of `fraction` and `min_weight`.")
-        if fraction is not None and not 0 < fraction <= 1:
-            raise ValueError(f"`fraction` must be in (0, 1], got {fraction}.")
         ids, weights = self.sample_weights
-        order = weights.argsort(descending=True, stable=True)
-        num = int((weights >= min_weight).sum()) if fraction is None else math.ceil(fraction * len(self.train_dataset))
-        kept = order[:num]
-        fingerprint = getattr(self.train_dataset, "_fingerprint", None)
-        return SelectedSubset(ids[kept], weights[kept], len(self.train_dataset), fingerprint, self.bilevel_facts())
+        num = int((weights >= min_weight).sum()) if fraction is None else self._num_kept(fraction, len(ids))
+        kept = weights.argsort(descending=True, stable=True)[:num]
+        facts = {"selection": {"min_weight": min_weight} if fraction is None else {"fraction": fraction}}
+        return self._subset_of_pool(ids[kept], facts, ("sample weight", ids, weights), weights=weights[kept])
 
     # State, logging, facts ------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from hf_bilevel.cards import mixture_section
 from hf_bilevel.core.mixture import (
     DomainWeights,
     adjoint_step,
+    apportion,
     domain_means,
     optimal_inner_steps,
     weight_learning_rate,
@@ -46,13 +47,14 @@ from hf_bilevel.derivatives import (
 from hf_bilevel.losses import evaluating, find_head, unsupported_head
 from hf_bilevel.mixing import MixtureDraws, MixtureSampler, MixtureStream, NumberedMixtureStream, stratified_rows
 from hf_bilevel.plots import domain_weights_over_time
+from hf_bilevel.subset import SelectedSubset
 from hf_bilevel.trainers.config import BilevelConfig
 from hf_bilevel.trainers.domain_evaluation import DomainEvaluationMixin
 from hf_bilevel.trainers.reference import ReferenceMixin
 
 MIXTURE_NAME = "mixture.json"
 
-_UPDATE, _DRAWS, _PROBE, _TARGET = range(10, 14)  # tell seeds apart
+_UPDATE, _DRAWS, _PROBE, _TARGET, _SUBSET = range(10, 15)  # tell seeds apart
 
 
 @dataclass
@@ -821,6 +823,59 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
             "trajectory": [{"step": step, "weights": weights} for step, weights in self._trajectory],
         }
         Path(path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    def selected_subset(self, *, fraction: float | None = None, size: int | None = None) -> SelectedSubset:
+        """Draw rows whose domains have the shares of ``mixture``, at random inside a domain and none twice.
+
+        The shares are exact up to one row; the draw depends on the seed of the run. A larger subset holds the smaller ones as far
+        as the rounding of the shares allows.
+
+        Args:
+            fraction: Share of the training dataset to draw, in (0, 1].
+            size: Or the number of rows.
+
+        Returns:
+            The subset, in the order of the training dataset; for a dict of datasets that of ``train_dataset`` of this trainer,
+            which has them one after the other. Probabilities: how probable it was that a row of this domain is drawn.
+
+        Raises:
+            RuntimeError: Before training, and for streams, whose samples have no number.
+            ValueError: If not exactly one of the two is given, it is out of range, or a domain has too few rows.
+        """
+        if (fraction is None) == (size is None):
+            raise ValueError("Give one of `fraction` and `size`.")
+        if self._is_stream or self._shares is None:
+            raise RuntimeError(
+                "There are no rows to draw: a stream has no numbers, and `mixture='proportional'` reads no domains."
+            )
+        mixture, num_pool = self.mixture, len(self.train_dataset)
+        num = size if fraction is None else self._num_kept(fraction, num_pool)
+        if not 1 <= num <= num_pool:
+            raise ValueError(f"`size` must be from 1 to the {num_pool} rows of `train_dataset`, got {num}.")
+        weights = torch.tensor(list(mixture.values()), dtype=torch.float64)
+        sizes = torch.tensor([len(rows) for rows in self._rows])
+        counts = apportion(num * weights, num)
+        if bool((counts > sizes).any()):
+            bound = min(num - 1, int(((sizes + 1) / weights).min()))
+            largest = next(n for n in range(bound, -1, -1) if bool((apportion(n * weights, n) <= sizes).all()))
+            short = [
+                f"{name!r} has {have} of {need}"
+                for name, have, need in zip(mixture, sizes.tolist(), counts.tolist(), strict=True)
+                if have < need
+            ]
+            raise ValueError(
+                f"The mixture asks for more rows than a domain has, for {num} in all: {', '.join(short)}. Take at most {largest}, or "
+                "repeat rows instead of selecting them: train with `mixture=` set to this one, or use "
+                "`datasets.interleave_datasets` with its probabilities."
+            )
+        ids = [
+            row
+            for j, (rows, count) in enumerate(zip(self._rows, counts.tolist(), strict=True))
+            for row in stratified_rows([rows], count, derive_seed(self._seed, _SUBSET, j))
+        ]
+        ids = torch.tensor(ids, dtype=torch.int64).sort().values
+        facts = {"selection": {"size": size} if fraction is None else {"fraction": fraction}, "mixture": mixture}
+        return self._subset_of_pool(ids, facts, probabilities=(counts / sizes)[self._domain_ids[ids]])
 
     def plot_domain_weights(self) -> Any:
         """Draw the weights over the steps of the run.

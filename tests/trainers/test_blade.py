@@ -892,6 +892,55 @@ def test_pool_replaced_after_construction(tmp_path: Path) -> None:
         trainer.train()
 
 
+@pytest.mark.parametrize("name", ["vit", "llama"])
+def test_a_subset_of_what_was_selected_most(name: str, tmp_path: Path) -> None:
+    settings = {"selection_ratio": 0.5, "reference_steps": 1, "domain_column": "source"}
+    trainer, _ = train(name, tmp_path, settings, num_pool=40, max_steps=12)  # visits of two epochs and a bit
+    tables = {key: table.tolist() for key, table in trainer.sample_tally.state_dict().items()}
+    seen = [i for i in range(40) if tables["offered"][i]]
+    share = {i: tables["selected"][i] / tables["offered"][i] for i in seen}
+    mean = {i: tables["score_sum"][i] / tables["offered"][i] for i in seen}
+    expected = sorted(seen, key=lambda i: (-share[i], -mean[i]))[:12]
+    assert 1 < len({share[i] for i in seen}) and len({mean[i] for i in seen}) == len(seen)
+    subset = trainer.selected_subset(fraction=0.3)
+    assert subset.ids.tolist() == expected and subset.num_pool == 40
+    assert subset.scores.tolist() == [share[i] for i in expected]
+    assert subset.counts.tolist() == [int(tables["selected"][i]) for i in expected]
+    assert subset.counts.dtype == torch.int64 and subset.counts.max() > 1
+    assert [subset.domain_names[j] for j in subset.domain_ids] == [["web", "books", "code"][i % 3] for i in expected]
+    assert subset.facts["method"] == "blade" and subset.facts["domains"]["pool"] == [13, 13, 14]
+    assert sum(subset.facts["ranking"]["kept"]) == 12 and sum(subset.facts["ranking"]["dropped"]) == len(seen) - 12
+    assert len(subset.to_dataset(trainer.train_dataset)) == 12
+    subset.save(tmp_path / "subset")
+
+
+def test_no_subset_where_nothing_was_selected(tmp_path: Path) -> None:
+    kwargs = {"target_dataset": make_dataset("vit", 8), "bilevel_config": BladeConfig(selection_ratio=0.5)}
+    trainer = make_trainer(BladeTrainer, "vit", tmp_path, trainer_kwargs=kwargs)
+    with pytest.raises(RuntimeError, match="There is no selection before training and with `selection_ratio=1`"):
+        trainer.selected_subset(fraction=0.5)
+    off = make_trainer(
+        BladeTrainer, "vit", tmp_path, trainer_kwargs={"bilevel_config": BladeConfig(selection_ratio=1.0)}, max_steps=1
+    )
+    off.train()
+    with pytest.raises(RuntimeError, match="There is no selection before training and with `selection_ratio=1`"):
+        off.selected_subset(fraction=0.5)
+    stream = make_dataset("vit", 64).to_iterable_dataset()
+    streamed, _ = train(
+        "vit", tmp_path, {"selection_ratio": 0.5, "reference_steps": 1}, train_dataset=stream, max_steps=1
+    )
+    with pytest.raises(RuntimeError, match="for a stream there are no rows"):
+        streamed.selected_subset(fraction=0.1)
+    trainer, _ = train("vit", tmp_path, {"selection_ratio": 0.5, "reference_steps": 1}, max_steps=2)
+    with pytest.raises(
+        ValueError, match="`fraction=0.3` of 64 rows is 20, and .* seen only 16 .* at most 0.25, or train"
+    ):
+        trainer.selected_subset(fraction=0.3)
+    for fraction in (0, 1.1):
+        with pytest.raises(ValueError, match=rf"`fraction` must be in \(0, 1\], got {fraction}"):
+            trainer.selected_subset(fraction=fraction)
+
+
 def test_evaluation_alone_needs_no_target(tmp_path: Path) -> None:
     trainer = BladeTrainer(model=make_model("vit"), args=arguments(tmp_path))
     assert trainer.evaluate(make_dataset("vit", 8))["eval_loss"] > 0

@@ -32,7 +32,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_bilevel import BrosConfig, BrosMixin, BrosTrainer, SampleWeights
+from hf_bilevel import BrosConfig, BrosMixin, BrosTrainer, SampleWeights, SelectedSubset
 from hf_bilevel.core.subspace import bi_probe, two_sided
 from hf_bilevel.data import derive_seed
 
@@ -671,8 +671,9 @@ def test_number_of_forward_passes(settings: dict, expected: list[list[int]], tmp
 # What a run leaves ----------------------------------------------------------------------------------------------------
 
 
-def trained_table(folder: Path, **settings: Any) -> BrosTrainer:
-    trainer = train("vit", folder, {"rank": 0.5, "domain_column": "source", **settings}, num_pool=8, max_steps=1)
+def trained_table(folder: Path, trainer_kwargs: dict[str, Any] | None = None, **settings: Any) -> BrosTrainer:
+    settings = {"rank": 0.5, "domain_column": "source", **settings}
+    trainer = train("vit", folder, settings, num_pool=8, max_steps=1, trainer_kwargs=trainer_kwargs)
     with torch.no_grad():
         trainer.upper.values.copy_(torch.arange(len(trainer.upper.values)).sub(3).float().mul(0.5))
     return trainer
@@ -698,6 +699,33 @@ def test_sample_weights_by_hand(tmp_path: Path) -> None:
     assert subset.to_dataset(trainer.train_dataset)["labels"][:] == [1, 3, 2]
     assert trainer.selected_subset(min_weight=0.6).ids.tolist() == [1, 7, 6, 5, 4]
     assert len(trainer.selected_subset(fraction=1.0)) == 8 and len(trainer.selected_subset(min_weight=1.0)) == 0
+
+
+def test_a_subset_says_where_it_came_from(tmp_path: Path) -> None:
+    evaluated = {"eval_dataset": make_dataset("vit", 8, seed=5)}
+    trainer = trained_table(tmp_path, trainer_kwargs=evaluated)
+    trainer.evaluate()
+    subset, weights = trainer.selected_subset(fraction=0.5), trainer.sample_weights.weights
+    assert subset.domain_names == ["books", "code", "web"]
+    assert subset.domain_ids.tolist() == [[2, 0, 1][i % 3] for i in subset.ids.tolist()]
+    facts = subset.facts
+    assert facts["domains"]["pool"] == [3, 2, 3]  # of web, books, code, web, ...
+    assert facts["domains"]["subset"] == [subset.domain_ids.tolist().count(j) for j in range(3)]
+    assert facts["ranking"]["ranked_by"] == "sample weight"
+    assert (sum(facts["ranking"]["kept"]), sum(facts["ranking"]["dropped"])) == (4, 4)
+    assert facts["ranking"]["edges"][-1] == pytest.approx(float(weights.max()))
+    assert facts["ranking"]["kept"][-1] >= 1 and facts["ranking"]["dropped"][0] >= 1
+    assert facts["selection"] == {"fraction": 0.5} and facts["model"] == "ViTForImageClassification"
+    assert trainer.selected_subset(min_weight=0.1).facts["selection"] == {"min_weight": 0.1}
+    assert set(facts["metrics"]) == {"eval_loss"} and facts["metrics"]["eval_loss"] > 0
+    assert (facts["seed"], facts["global_step"], facts["config"]["rank"]) == (3, 1, 0.5)
+    assert subset.fingerprint == trainer.train_dataset._fingerprint
+    subset.save(tmp_path / "subset")
+    assert torch.equal(SelectedSubset.load(tmp_path / "subset").weights, subset.weights)
+    trainer.model.config._name_or_path = str(tmp_path / "my model")  # folders of this machine are nobody's business
+    assert trainer.selected_subset(fraction=0.5).facts["model"] == "my model"
+    trainer.model.config._name_or_path = "me/model"
+    assert trainer.selected_subset(fraction=0.5).facts["model"] == "me/model"
 
 
 def test_softmax_weights_have_mean_one(tmp_path: Path) -> None:
@@ -748,6 +776,9 @@ def test_unseen_samples_have_no_weight_from_a_network(tmp_path: Path) -> None:
     seen = sorted(i for _, origins, _ in trainer.steps for o in origins for i in o.sample_ids.tolist())
     assert trainer.sample_weights.ids.tolist() == seen and len(seen) == 16
     assert len(trainer.selected_subset(min_weight=0.0)) == 16
+    assert len(trainer.selected_subset(fraction=0.25)) == 16
+    with pytest.raises(ValueError, match="`fraction=0.26` of 64 rows is 17, and .* only 16 .* at most 0.25, or train"):
+        trainer.selected_subset(fraction=0.26)
 
 
 def test_a_second_pass_takes_the_weights_of_the_first(tmp_path: Path) -> None:

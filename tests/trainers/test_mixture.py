@@ -906,6 +906,78 @@ def test_plot(tmp_path: Path) -> None:
         assert line.get_ydata()[-1] == line.get_ydata()[-2] == trainer.domain_weights[name]
 
 
+def fixed(folder: Path, **trainer_kwargs: Any) -> MixtureTrainer:
+    """Weights in quarters and eighths of a pool of 21 books, 21 code and 22 web."""
+    return train(
+        "vit", folder, max_steps=1, trainer_kwargs={"mixture": FIXED, "target_dataset": None, **trainer_kwargs}
+    )
+
+
+def test_a_subset_has_the_shares_of_the_mixture(tmp_path: Path) -> None:
+    trainer = fixed(tmp_path)
+    subset = trainer.selected_subset(size=24)  # the web has 15 of its 22
+    assert subset.domain_names == NAMES and torch.bincount(subset.domain_ids).tolist() == [6, 3, 15]
+    assert subset.ids.tolist() == sorted(set(subset.ids.tolist()))
+    assert subset.domain_ids.tolist() == [[2, 0, 1][i % 3] for i in subset.ids.tolist()]
+    expected = torch.tensor([6 / 21, 3 / 21, 15 / 22])[subset.domain_ids]
+    torch.testing.assert_close(subset.probabilities, expected)
+    assert subset.facts["domains"] == {"names": NAMES, "pool": [21, 21, 22], "subset": [6, 3, 15]}
+    assert subset.facts["mixture"] == FIXED and subset.facts["selection"] == {"size": 24}
+    assert "ranking" not in subset.facts  # nothing ranked the rows
+    subset.save(tmp_path / "subset")
+    half = trainer.selected_subset(fraction=0.5)
+    assert len(half) == 32 and torch.bincount(half.domain_ids).tolist() == [8, 4, 20]
+    assert set(subset.ids.tolist()) < set(half.ids.tolist())
+    assert torch.equal(trainer.selected_subset(size=24).ids, subset.ids)
+    trainer.args.seed = 4
+    assert not torch.equal(trainer.selected_subset(size=24).ids, subset.ids)
+
+
+def test_a_subset_of_joined_datasets(tmp_path: Path) -> None:
+    parts = by_domain("vit")
+    trainer = train(
+        "vit", tmp_path, {"domain_column": None}, max_steps=1, train_dataset=parts,
+        trainer_kwargs={"mixture": FIXED, "target_dataset": None},
+    )  # fmt: skip
+    subset = trainer.selected_subset(size=16)
+    sources = subset.to_dataset(trainer.train_dataset)["source"][:]
+    assert [sources.count(name) for name in NAMES] == [4, 2, 10]
+
+
+def test_a_learned_mixture_rounds_to_the_rows_asked_for(tmp_path: Path) -> None:
+    trainer = train("vit", tmp_path, {"inner_steps": 2, "reference_steps": 1})
+    for size in (1, 7, 31):
+        subset = trainer.selected_subset(size=size)
+        counts = torch.bincount(subset.domain_ids, minlength=3)
+        assert len(subset) == size
+        assert (counts - size * torch.tensor(list(trainer.mixture.values()))).abs().max() < 1
+
+
+def test_what_cannot_be_drawn_is_said(tmp_path: Path) -> None:
+    trainer = fixed(tmp_path)
+    message = (
+        "more rows than a domain has, for 40 in all: 'web' has 22 of 25. Take at most 36, or repeat rows instead of "
+        "selecting them: train with `mixture=`"
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer.selected_subset(size=40)
+    assert len(trainer.selected_subset(size=36)) == 36
+    with pytest.raises(ValueError, match="'web' has 22 of 23"):
+        trainer.selected_subset(size=37)
+    for kwargs in ({}, {"size": 3, "fraction": 0.5}):
+        with pytest.raises(ValueError, match="Give one of `fraction` and `size`"):
+            trainer.selected_subset(**kwargs)
+    for size in (0, 65):
+        with pytest.raises(ValueError, match=f"`size` must be from 1 to the 64 rows of `train_dataset`, got {size}"):
+            trainer.selected_subset(size=size)
+    with pytest.raises(ValueError, match=r"`fraction` must be in \(0, 1\], got 1.5"):
+        trainer.selected_subset(fraction=1.5)
+    with pytest.raises(RuntimeError, match="There are no domain weights before training"):
+        build("vit", tmp_path).selected_subset(size=3)
+    with pytest.raises(RuntimeError, match="There are no rows to draw: a stream has no numbers"):
+        build("vit", tmp_path, {"mixture": "proportional"}).selected_subset(size=3)
+
+
 # Resuming --------------------------------------------------------------------------------------------------------------
 
 RESUMED: dict[str, tuple[dict[str, Any], int]] = {  # with the step to resume from; updates are at 4

@@ -1,0 +1,732 @@
+"""Find the subset of a fixed size that trains the best model, then train on it."""
+
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import datasets
+import torch
+from accelerate.utils import broadcast, gather
+from torch import Tensor, nn
+from torch.utils.data import Subset
+from tqdm.auto import tqdm
+from transformers import Trainer
+
+from hf_bilevel.core.coreset import (
+    CoresetProbabilities,
+    best_sampled_mask,
+    cosine_decay,
+    cubic_size,
+    policy_gradient,
+    sample_masks,
+    search_progress,
+    top_mask,
+    uniform_masks,
+)
+from hf_bilevel.core.selection import num_selected
+from hf_bilevel.data import CollatedRows, derive_seed, private_randomness
+from hf_bilevel.inner_training import OPTIMIZERS, BatchedEngine, InnerTraining, SequentialEngine, stacking_pays
+from hf_bilevel.losses import UnitLosses, find_head, unit_losses, unsupported_head
+from hf_bilevel.plots import upper_losses_over_search
+from hf_bilevel.subset import SelectedSubset
+from hf_bilevel.trainers.base import BilevelMixin
+from hf_bilevel.trainers.config import BilevelConfig
+
+SEARCH_FOLDER = "coreset_search"
+STATE_NAME = "state.pt"
+INITIALISATION_NAME = "initialisation.pt"
+
+NUM_UNIFORM = 10  # uniform draws that the coreset is measured beside
+
+MAX_LOST_STEPS = 10  # outer steps in a row of which nothing is left, before the search gives up
+
+_POOL, _TARGET, _MASKS, _ROWS, _TRAINING, _FINAL, _UNIFORM = range(20, 27)  # tell seeds apart
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class CoresetConfig(BilevelConfig):
+    r"""Settings of CoresetTrainer (Zhou, Pi, Zhang, Lin, Zhang, ICML 2022).
+
+    ===============  =======================  ========================  ==================================================
+    paper            argument                 published                 our default and why
+    ===============  =======================  ========================  ==================================================
+    K                size                     100 to 4,000              a tenth of the pool
+    T                outer_steps              500 to 2,000              500
+    masks a step     num_masks                1 (5 in the code)         5, the baseline needs at least 2
+    :math:`\eta`     upper_learning_rate      2.5 (0.05 to 0.1 there)   0.05, with Adam and cosine decay
+    epochs           inner_steps              100 (300 there)           100, each on all rows of the mask
+    drawn m          num_final_masks          1                         0: the K most probable samples
+    inner rate       inner_learning_rate      0.1, SGD (5e-3, Adam)     that of the ``TrainingArguments``, with Adam
+    ===============  =======================  ========================  ==================================================
+
+    Args:
+        size: Samples of the coreset: a whole number, or a fraction of the pool in (0, 1). ``"pool"`` is the plain Trainer, bit
+            for bit.
+        outer_steps: Updates of the probabilities.
+        num_masks: Masks trained on for each update, at least 2; spread over the processes.
+        upper_learning_rate: Learning rate of the probabilities.
+        initial_size: Expected size at the start, a number or a fraction of the pool in (0, 1), or ``"size"`` to start at
+            ``size``. A larger one is lowered to ``size`` by a cubic schedule between 16 % and 60 % of the outer steps.
+        inner_steps: Optimizer steps of an inner training.
+        inner_batch_size: Rows of such a step; None for all rows of the mask.
+        inner_learning_rate: Their learning rate; None for that of the ``TrainingArguments``.
+        inner_optimizer: ``"adam"``, or ``"sgd"`` with a momentum of 0.9.
+        num_upper_rows: Rows of the pool (or target dataset) on which the masks of one update are compared, drawn anew for each;
+            None for all.
+        num_final_masks: 0 takes the most probable samples. Otherwise so many masks of exactly ``size`` samples are drawn at the
+            end, trained on and compared, and the best becomes the coreset: as published, and in our trials no better, since the
+            best of many noisy losses is lucky, too.
+        engine: ``"batched"`` trains on all masks at once, as one model with stacked parameters, ``"sequential"`` on one after
+            the other; ``"auto"`` is batched for small models that allow it (see ``hf_bilevel.inner_training.stacking_pays``).
+        search_save_steps: Outer steps between two checkpoints of the search.
+        target_batch_size: Rows of one forward pass of the upper loss; None for 256.
+        domain_column: See ``BilevelConfig``; only recorded.
+        domain_names: See ``BilevelConfig``.
+
+    Raises:
+        ValueError: If a value is out of range.
+        TypeError: If a value has another type than declared.
+
+    Example:
+        >>> CoresetConfig(size="100").size, CoresetConfig(size=0.05).size
+        (100, 0.05)
+        >>> CoresetConfig(num_masks=1)
+        Traceback (most recent call last):
+        ValueError: `num_masks` must be at least 2, got 1: the baseline of a mask is the mean loss of the others.
+    """
+
+    size: str = field(default="0.1", metadata={"help": "Samples of the coreset, a number or a fraction, or pool."})
+    outer_steps: int = field(default=500, metadata={"help": "Updates of the probabilities."})
+    num_masks: int = field(default=5, metadata={"help": "Masks trained on for each update, at least 2."})
+    upper_learning_rate: float = field(default=0.05, metadata={"help": "Learning rate of the probabilities."})
+    initial_size: str = field(
+        default="size", metadata={"help": "Expected size at the start, a number or a fraction, or size."}
+    )
+    inner_steps: int = field(default=100, metadata={"help": "Optimizer steps of an inner training."})
+    inner_batch_size: int | None = field(
+        default=None, metadata={"help": "Rows of an inner step; all rows of the mask if not set."}
+    )
+    inner_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of inner trainings; that of the training if not set."}
+    )
+    inner_optimizer: str = field(default="adam", metadata={"help": "Optimizer of inner trainings: adam or sgd."})
+    num_upper_rows: int | None = field(
+        default=None, metadata={"help": "Rows on which the masks of an update are compared; all if not set."}
+    )
+    num_final_masks: int = field(
+        default=0, metadata={"help": "Masks drawn at the end, of which the best is taken; 0 for the most probable."}
+    )
+    engine: str = field(default="auto", metadata={"help": "How masks are trained on: auto, batched or sequential."})
+    search_save_steps: int = field(default=50, metadata={"help": "Outer steps between checkpoints of the search."})
+
+    _numbers_or_words: ClassVar[dict[str, tuple[type, str]]] = {
+        "size": (float, "pool"),
+        "initial_size": (float, "size"),
+    }
+    _choices: ClassVar[dict[str, tuple[str, ...]]] = {
+        "inner_optimizer": tuple(sorted(OPTIMIZERS)),
+        "engine": ("auto", "batched", "sequential"),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, word in (("size", "pool"), ("initial_size", "size")):
+            value = getattr(self, name)
+            if value == word:
+                continue
+            if not 0 < value < math.inf or value >= 1 and value != int(value):
+                raise ValueError(f"`{name}` must be a whole number, a fraction in (0, 1), or {word!r}; got {value}.")
+            if value >= 1:
+                setattr(self, name, int(value))
+        if self.num_masks < 2:
+            raise ValueError(
+                f"`num_masks` must be at least 2, got {self.num_masks}: the baseline of a mask is the mean loss of the others."
+            )
+        for name in ("outer_steps", "inner_steps", "search_save_steps", "inner_batch_size", "num_upper_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if self.num_final_masks < 0:
+            raise ValueError(f"`num_final_masks` must not be negative, got {self.num_final_masks}.")
+        for name in ("upper_learning_rate", "inner_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"`{name}` must be positive and finite, got {value}.")
+
+
+class CoresetMixin(BilevelMixin):
+    """Search of a coreset, and training on it, for ``Trainer`` and its subclasses; see ``CoresetTrainer``."""
+
+    method = "coreset"
+    config_class = CoresetConfig
+    _losses_are_for = "judged by"
+
+    def __init__(self, *args: Any, search_model: nn.Module | None = None, **kwargs: Any) -> None:
+        self.search_model = search_model
+        self._subset: SelectedSubset | None = None
+        self._searched_losses: list[float] = []
+        self._on_coreset = False
+        super().__init__(*args, **kwargs)
+
+    # Setup ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def granularity(self) -> str:
+        """``"sample"``: masks keep or drop samples."""
+        return "sample"
+
+    def _is_off(self) -> bool:
+        return self.bilevel_config.size == "pool"
+
+    def _in_rows(self, size: str | int | float) -> int:
+        return num_selected(size, len(self.train_dataset)) if isinstance(size, float) else size
+
+    def _searched_model(self) -> nn.Module:
+        return self.model if self.search_model is None else self.search_model
+
+    def _check_bilevel_setup(self) -> None:
+        if self._is_off():
+            return
+        super()._check_bilevel_setup()
+        if self.compute_sample_losses is None:
+            for model in {id(m): m for m in (self.model, self._searched_model())}.values():
+                if find_head(model) is None:
+                    raise ValueError(unsupported_head(model, "sample"))
+        if self.train_dataset is None:
+            return
+        if self._is_stream:
+            raise ValueError(
+                "`train_dataset` is a stream, of which no coreset can be chosen: every sample needs a probability of its own. "
+                "Take it into memory, for instance `datasets.Dataset.from_list(list(stream.take(100_000)))`."
+            )
+        num = len(self.train_dataset)
+        for name in ("size", "initial_size"):
+            value = getattr(self.bilevel_config, name)
+            if isinstance(value, int) and value >= num + (name == "initial_size"):
+                raise ValueError(
+                    f"`{name}={value}` must be smaller than `train_dataset`, which has {num} samples. Lower it, give a fraction "
+                    "such as 0.1, or use the plain Trainer with `size='pool'`."
+                )
+        if self.bilevel_config.initial_size != "size" and self._in_rows(
+            self.bilevel_config.initial_size
+        ) < self._in_rows(self.bilevel_config.size):
+            raise ValueError(
+                f"`initial_size={self.bilevel_config.initial_size}` is smaller than `size={self.bilevel_config.size}`; the size "
+                "is lowered during the search, not raised."
+            )
+        self._check_labels(self.train_dataset, "train_dataset")
+        if self.target_dataset is not None:
+            self._check_target_dataset()
+        self._check_losses(self.train_dataset)
+
+    def _selects_rows(self) -> bool:
+        return True
+
+    def _prepare_pool(self) -> None:
+        if self._on_coreset:
+            self._prepared_pool = self.train_dataset
+            return
+        super()._prepare_pool()
+        self._subset = None  # of another pool, or none yet
+
+    # The search -----------------------------------------------------------------------------------------------------
+
+    def search(self, resume_from_checkpoint: bool | str | os.PathLike | None = None) -> SelectedSubset:
+        """Search the coreset, without training on it. The model is as before afterwards.
+
+        Args:
+            resume_from_checkpoint: True, or a folder that an interrupted search wrote (``output_dir/coreset_search``), to
+                continue it as if it had not been interrupted.
+
+        Returns:
+            The coreset, the most probable samples first, with the probabilities that the search ended with.
+
+        Raises:
+            ValueError: If there is nothing to resume from, or it belongs to another pool.
+
+        Inner trainings that diverge are left out and counted; ten outer steps in a row of which fewer than two are left raise
+        a ``FloatingPointError``.
+        """
+        if self._is_off():
+            raise ValueError("`size='pool'` keeps every sample; set `size` to search a coreset.")
+        if self.train_dataset is None:
+            raise ValueError("`search` needs `train_dataset`, the pool to choose from.")
+        if self.train_dataset is not self._prepared_pool:
+            self._prepare_pool()
+        num = len(self.train_dataset)
+        size = self._in_rows(self.bilevel_config.size)
+        initial_size = (
+            size if self.bilevel_config.initial_size == "size" else self._in_rows(self.bilevel_config.initial_size)
+        )
+        progress = _Search(CoresetProbabilities(torch.full((num,), min(initial_size / num, 0.5))))
+        folder = Path(self.args.output_dir) / SEARCH_FOLDER
+        if resume_from_checkpoint:
+            self._load_search(progress, folder if resume_from_checkpoint is True else Path(resume_from_checkpoint))
+        self._synchronise_model()
+        with self._engine() as engine:
+            if not resume_from_checkpoint and self._saves_search:
+                self._save_initialisation(folder)
+            self._run(progress, engine, initial_size, size, folder)
+            mask, losses = self._round(progress, engine, size)
+        self._subset = self._make_subset(progress, mask, losses)
+        self._searched_losses = progress.objectives
+        return self._subset
+
+    def _run(
+        self, progress: "_Search", engine: SequentialEngine | BatchedEngine, initial_size: int, size: int, folder: Path
+    ) -> None:
+        config = self.bilevel_config
+        start, end = round(0.16 * config.outer_steps), round(0.6 * config.outer_steps)
+        bar = tqdm(
+            total=config.outer_steps,
+            initial=progress.step,
+            desc="Searching a coreset",
+            disable=self.args.disable_tqdm or not self.is_local_process_zero(),
+        )
+        with bar, self._counting_outer_steps(progress):
+            while progress.step < config.outer_steps and not progress.is_settled(size):
+                step = progress.step
+                masks = self._masks(progress.search.probabilities, config.num_masks, _MASKS, step)
+                losses = self._upper_losses(engine, masks, step, self._upper_rows(engine, step))
+                gradient, _ = policy_gradient(masks, losses, progress.search.probabilities)
+                progress.search.step(
+                    gradient,
+                    config.upper_learning_rate * cosine_decay(step, config.outer_steps),
+                    cubic_size(step + 1, initial_size, size, start, end),
+                )
+                progress.add(losses)
+                if progress.num_lost_in_a_row == MAX_LOST_STEPS:
+                    raise FloatingPointError(
+                        f"The inner trainings of {MAX_LOST_STEPS} outer steps in a row, {config.num_masks} each, did not leave two "
+                        f"finite upper losses to compare. Lower `inner_learning_rate` (now {self._inner_learning_rate}), or look "
+                        "for broken samples."
+                    )
+                bar.update()
+                bar.set_postfix(progress.short_facts())
+                if progress.step % self._log_steps == 0 or progress.step == config.outer_steps:
+                    self.state.global_step = progress.step
+                    self.log(progress.metrics())
+                if self._saves_search and progress.step % config.search_save_steps == 0:
+                    self._save_search(progress, folder)
+        if self._saves_search:
+            self._save_search(progress, folder)
+
+    def _masks(self, probabilities: Tensor, num: int, *seed: int) -> Tensor:
+        return sample_masks(probabilities, num, torch.Generator().manual_seed(derive_seed(self._seed, *seed)))
+
+    def _upper_rows(self, engine: SequentialEngine | BatchedEngine, step: int) -> Tensor | None:
+        wanted = self.bilevel_config.num_upper_rows
+        if wanted is None or wanted >= len(engine.upper):
+            return None
+        generator = torch.Generator().manual_seed(derive_seed(self._seed, _ROWS, step))
+        return torch.randperm(len(engine.upper), generator=generator)[:wanted]
+
+    def _upper_losses(
+        self, engine: SequentialEngine | BatchedEngine, masks: Tensor, step: int, upper_rows: Tensor | None = None
+    ) -> Tensor:
+        """Train on the masks, this process on its share, and gather the losses of all."""
+        rank, num_ranks = self.args.process_index, self.args.world_size
+        mine = range(rank, len(masks), num_ranks)
+        seeds = [derive_seed(self._seed, _TRAINING, step, c) for c in mine]
+        losses = torch.full((math.ceil(len(masks) / num_ranks),), torch.nan, dtype=torch.float64)
+        if mine:
+            losses[: len(mine)] = engine.upper_losses(masks[list(mine)], seeds, upper_rows)
+        if num_ranks == 1:
+            return losses
+        gathered = gather(losses.to(self.args.device)).cpu().view(num_ranks, -1)
+        return gathered.T.flatten()[: len(masks)]
+
+    def _round(
+        self, progress: "_Search", engine: SequentialEngine | BatchedEngine, size: int
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Choose the coreset, and measure it beside uniform draws of its size."""
+        probabilities, num = progress.search.probabilities, self.bilevel_config.num_final_masks
+        outer_steps = self.bilevel_config.outer_steps
+        if num == 0:
+            mask = top_mask(probabilities, size)
+            loss = self._upper_losses(engine, mask[None], outer_steps)[0]
+        else:
+            generator = torch.Generator().manual_seed(derive_seed(self._seed, _FINAL))
+            upper_losses = partial(self._upper_losses, engine, step=outer_steps)
+            mask, loss = best_sampled_mask(probabilities, size, num, upper_losses, generator)
+        generator = torch.Generator().manual_seed(derive_seed(self._seed, _UNIFORM))
+        uniform = uniform_masks(len(probabilities), size, NUM_UNIFORM, generator)
+        uniform_losses = self._upper_losses(engine, uniform, outer_steps + 1)
+        outcome = {
+            "final_upper_loss": float(loss),
+            "uniform_upper_loss_mean": float(uniform_losses.mean()),
+            "uniform_upper_loss_min": float(uniform_losses.nan_to_num(torch.inf).min()),
+        }
+        outcome = {name: value for name, value in outcome.items() if math.isfinite(value)}
+        self.log({f"coreset/{name}": value for name, value in outcome.items()})
+        return mask, outcome
+
+    @property
+    def _inner_learning_rate(self) -> float:
+        rate = self.bilevel_config.inner_learning_rate
+        return self.args.learning_rate if rate is None else rate
+
+    @contextmanager
+    def _engine(self) -> Iterator[SequentialEngine | BatchedEngine]:
+        config, model = self.bilevel_config, self._searched_model()
+        model.to(self.args.device)
+        rows = {}
+        for name, dataset, seed in (("pool", self.train_dataset, _POOL), ("upper", self.target_dataset, _TARGET)):
+            if dataset is not None:
+                prepared, collator = self._collator_for(dataset)
+                rows[name] = CollatedRows(prepared, collator, self.args.device, derive_seed(self._seed, seed))
+        smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
+
+        def losses(model: nn.Module, batch: Any) -> UnitLosses:
+            return unit_losses(
+                model, batch, "sample", label_smoothing=smoothing, compute_sample_losses=self.compute_sample_losses
+            )
+
+        parts = {
+            "model": model,
+            "losses": losses,
+            "pool": rows["pool"],
+            "training": InnerTraining(
+                config.inner_steps, config.inner_batch_size, self._inner_learning_rate, config.inner_optimizer
+            ),
+            "upper": rows.get("upper", rows["pool"]),
+            "upper_batch_size": config.target_batch_size or 256,
+            "autocast": self.accelerator.autocast if self.args.bf16 else nullcontext,
+        }
+        with private_randomness(derive_seed(self._seed), self.args.device):
+            engine = self._choose_engine(parts)
+            with engine.restored():
+                yield engine
+
+    def _choose_engine(self, parts: dict[str, Any]) -> SequentialEngine | BatchedEngine:
+        kind = self.bilevel_config.engine
+        if kind == "sequential" or kind == "auto" and not stacking_pays(parts["model"], self.args.device):
+            return SequentialEngine(**parts)
+        try:
+            return BatchedEngine(**parts)
+        except ValueError as error:
+            if kind == "batched":
+                raise
+            logger.info("Searching with the sequential engine: %s", error)
+            return SequentialEngine(**parts)
+
+    def _synchronise_model(self) -> None:
+        """Give all processes the weights of the first: nothing has wrapped the model yet."""
+        if self.args.world_size > 1:
+            model = self._searched_model().to(self.args.device)
+            with torch.no_grad():
+                for tensor in [*model.parameters(), *model.buffers()]:
+                    tensor.copy_(broadcast(tensor.detach().clone()))
+
+    @contextmanager
+    def _counting_outer_steps(self, progress: "_Search") -> Iterator[None]:
+        """Let what is logged carry the outer step, and leave the Trainer's count as it was."""
+        before = self.state.global_step
+        try:
+            yield
+        finally:
+            self.state.global_step = before
+
+    @property
+    def _log_steps(self) -> int:
+        steps = self.args.logging_steps
+        return max(1, math.ceil(steps * self.bilevel_config.outer_steps) if steps < 1 else int(steps))
+
+    # Checkpoints of the search --------------------------------------------------------------------------------------
+
+    @property
+    def _saves_search(self) -> bool:
+        return self.args.save_strategy != "no"
+
+    def _save_initialisation(self, folder: Path) -> None:
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / STATE_NAME).unlink(missing_ok=True)  # of an earlier search
+            _write(self._searched_model().state_dict(), folder / INITIALISATION_NAME)
+
+    def _save_search(self, progress: "_Search", folder: Path) -> None:
+        if self.args.should_save:
+            state = {
+                "method": self.method,
+                "config": self.bilevel_config.to_dict(),
+                "num_pool": len(self.train_dataset),
+                "fingerprint": getattr(self.train_dataset, "_fingerprint", None),
+                "seed": self._seed,
+                "search": progress.state_dict(),
+            }
+            _write(state, folder / STATE_NAME)
+
+    def _load_search(self, progress: "_Search", folder: Path) -> None:
+        path = folder / STATE_NAME
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            weights = torch.load(folder / INITIALISATION_NAME, map_location="cpu", weights_only=True, mmap=True)
+            num_pool, fingerprint, seed = state["num_pool"], state["fingerprint"], state["seed"]
+            config, search = state["config"], state["search"]
+        except FileNotFoundError as error:
+            raise ValueError(f"There is no search to resume in `{folder}`: {error.filename} is missing.") from None
+        except Exception as error:  # torch.load raises a dozen kinds for a damaged file
+            raise ValueError(f"`{folder}` cannot be read ({type(error).__name__}: {error}). Start anew.") from error
+        mine = (len(self.train_dataset), getattr(self.train_dataset, "_fingerprint", None), self._seed)
+        if (num_pool, fingerprint, seed) != mine:
+            raise ValueError(
+                f"`{path}` is of a search in a pool of {num_pool} samples with the fingerprint {fingerprint} and the seed {seed}; "
+                f"here they are {mine[0]}, {mine[1]} and {mine[2]}. Prepare the pool in the same way, or search anew."
+            )
+        now = self.bilevel_config.to_dict()
+        if changed := [name for name in now if config.get(name) != now[name]]:
+            before, after = ({name: source.get(name) for name in changed} for source in (config, now))
+            logger.warning("The settings changed since the search was interrupted: %s, now %s.", before, after)
+        self._searched_model().load_state_dict(weights)
+        progress.load_state_dict(search)
+
+    # Training on what was found -------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """Search the coreset unless it is there already, then train on it as ``Trainer.train``.
+
+        Args:
+            resume_from_checkpoint: A checkpoint's path, whose coreset is taken; or True for the newest whole one in
+                ``output_dir``, and if there is none, for the search that was interrupted there.
+            trial: As for ``Trainer``.
+            ignore_keys_for_eval: As for ``Trainer``.
+
+        Returns:
+            The Trainer's output.
+        """
+        if self._is_off():
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        if self.train_dataset is not self._prepared_pool:
+            self._prepare_pool()
+        if resume_from_checkpoint is True and not self._has_checkpoint():
+            self.search(resume_from_checkpoint=True)
+            resume_from_checkpoint = None
+        elif resume_from_checkpoint:
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = self._newest_whole_checkpoint()
+            self._subset = self._subset_of_checkpoint(resume_from_checkpoint)
+        elif self._subset is None:
+            self.search()
+        pool, domain_ids, ids = self.train_dataset, self._domain_ids, self._subset.ids.sort().values
+        self._on_coreset = True
+        self.train_dataset = self._prepared_pool = _rows_of(pool, ids)
+        self._domain_ids = None if domain_ids is None else domain_ids[ids]
+        try:
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        finally:
+            self.train_dataset = self._prepared_pool = pool
+            self._domain_ids, self._on_coreset = domain_ids, False
+
+    def _has_checkpoint(self) -> bool:
+        return any(Path(self.args.output_dir).glob("checkpoint-*"))
+
+    def selected_subset(self) -> SelectedSubset:
+        """Return the coreset.
+
+        Returns:
+            The subset, the most probable samples first.
+
+        Raises:
+            ValueError: If none has been searched yet.
+        """
+        if self._subset is None:
+            raise ValueError("There is no coreset yet: call `search()` or `train()` first.")
+        return self._subset
+
+    def plot_search(self) -> Any:
+        """Draw the upper losses over the search, beside those of uniform draws and of the coreset.
+
+        Returns:
+            A matplotlib figure; ``figure.savefig(path)`` writes it.
+
+        Raises:
+            ValueError: If nothing has been searched by this trainer.
+        """
+        if not self._searched_losses:
+            raise ValueError("This trainer has not searched: call `search()` or `train()` first.")
+        facts = self.selected_subset().facts
+        uniform = facts["controls"].get("uniform", {}).get("upper_loss")
+        return upper_losses_over_search(self._searched_losses, uniform, facts["metrics"].get("upper_loss"))
+
+    # State, facts ---------------------------------------------------------------------------------------------------
+
+    def _shared_state(self) -> dict[str, Any]:
+        return {"subset": vars(self._subset)}
+
+    def _subset_of_checkpoint(self, checkpoint: str) -> SelectedSubset:
+        subset = SelectedSubset(**self._read_state(checkpoint)["shared"]["subset"])
+        pool = (len(self.train_dataset), getattr(self.train_dataset, "_fingerprint", None))
+        if (subset.num_pool, subset.fingerprint) != pool:
+            raise ValueError(
+                f"The coreset of `{checkpoint}` is of a pool of {subset.num_pool} samples with the fingerprint "
+                f"{subset.fingerprint}; `train_dataset` has {pool[0]} and {pool[1]}. Prepare the pool in the same way, or search "
+                "anew."
+            )
+        return subset
+
+    def _make_subset(self, progress: "_Search", mask: Tensor, losses: dict[str, float]) -> SelectedSubset:
+        probabilities = progress.search.probabilities
+        ids = mask.nonzero().flatten()
+        ids = ids[probabilities[ids].argsort(descending=True, stable=True)]
+        names = {"metrics": "final_upper_loss", "controls": "uniform_upper_loss_mean"}
+        found = {key: {"upper_loss": losses[name]} for key, name in names.items() if name in losses}
+        facts = {
+            "search": progress.facts(),
+            "metrics": found.get("metrics", {}),
+            "controls": {"uniform": found["controls"]} if "controls" in found else {},
+        }
+        ranking = ("probability", torch.arange(len(mask)), probabilities)
+        return self._subset_of_pool(ids, facts, ranking, probabilities=probabilities[ids])
+
+    def bilevel_facts(self) -> dict[str, Any]:
+        """Add the search to the facts of all methods."""
+        facts = super().bilevel_facts()
+        facts["inner_learning_rate"] = self._inner_learning_rate
+        facts["search_model"] = None if self.search_model is None else type(self.search_model).__name__
+        if self._subset is not None:
+            facts |= {name: self._subset.facts[name] for name in ("num_pool", "search", "metrics", "controls")}
+        return facts
+
+
+class _Search:
+    """What a search knows: probabilities, the step it is at, and what has happened."""
+
+    def __init__(self, search: CoresetProbabilities) -> None:
+        self.search = search
+        self.step = 0
+        self.num_diverged = 0
+        self.num_lost_in_a_row = 0
+        self.objectives: list[float] = []  # mean upper loss of the masks of each step
+
+    def add(self, losses: Tensor) -> None:
+        """Record the upper losses of a step."""
+        finite = losses[losses.isfinite()]
+        self.step += 1
+        self.num_diverged += len(losses) - len(finite)
+        self.num_lost_in_a_row = self.num_lost_in_a_row + 1 if len(finite) < 2 else 0
+        self.objectives.append(float(finite.mean()) if len(finite) else math.nan)
+
+    def is_settled(self, size: int) -> bool:
+        """Say whether nothing can change any more: every probability is 0 or 1, and they are few enough."""
+        s = self.search.probabilities
+        return bool(((s == 0) | (s == 1)).all()) and float(s.sum()) <= size
+
+    def metrics(self) -> dict[str, float]:
+        facts = search_progress(self.search.probabilities)
+        return {
+            "coreset/upper_loss": self.objectives[-1],
+            "coreset/expected_size": facts["expected_size"],
+            "coreset/entropy": facts["entropy"],
+            "coreset/settled": facts["settled"],
+            "coreset/num_diverged": self.num_diverged,
+        }
+
+    def short_facts(self) -> dict[str, str]:
+        facts = search_progress(self.search.probabilities)
+        return {
+            "loss": f"{self.objectives[-1]:.4g}",
+            "size": f"{facts['expected_size']:.0f}",
+            "settled": f"{facts['settled']:.0%}",
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """Say how the search went, as JSON-compatible values."""
+        return {
+            "num_outer_steps": self.step,
+            "num_diverged": self.num_diverged,
+            **search_progress(self.search.probabilities),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        names = ("step", "num_diverged", "num_lost_in_a_row", "objectives")
+        return {"search": self.search.state_dict(), **{name: getattr(self, name) for name in names}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.search.load_state_dict(state["search"])
+        self.step, self.num_diverged = state["step"], state["num_diverged"]
+        self.num_lost_in_a_row, self.objectives = state["num_lost_in_a_row"], state["objectives"]
+
+
+def _write(state: dict[str, Any], path: Path) -> None:
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+def _rows_of(pool: Any, ids: Tensor) -> Any:
+    if isinstance(pool, datasets.Dataset):
+        return pool.select(ids.tolist())
+    return Subset(pool, ids.tolist())
+
+
+class CoresetTrainer(CoresetMixin, Trainer):
+    r"""Find the subset of a fixed size that trains the best model, then train on it (probabilistic bilevel coreset selection).
+
+    Use it when a small part of the pool shall stand for all of it (to label, store, replay or publish), or when labels are
+    wrong or classes rare and ``target_dataset`` shows what good means. It is a search: it pays where a model trains on
+    the coreset in seconds. For large models search with a small one, ``search_model``. Do not use it to save training time
+    once: the search trains ``outer_steps * num_masks`` models.
+
+    .. math:: \min_s E_{m \sim s}\, [f(\theta^*(m))], \qquad 0 \le s_i \le 1, \quad \sum_i s_i \le K
+
+    Every sample i has a probability :math:`s_i`. Each outer step draws a few masks, trains a model on the rows of each from one
+    stored initialisation, and moves the probabilities by how the upper losses f of these models compare. f is the loss on
+    ``target_dataset``, or on the whole pool without one. ``search()`` does that alone and returns a ``SelectedSubset``;
+    ``train()`` does it once, and trains the model on the coreset with your ``TrainingArguments``, whose epochs are then epochs
+    of the coreset.
+
+    The pool is collated once and kept on the device; augmentation and random masking are drawn once for the search, and anew
+    for the training. Losses are those of the model's head, not of a ``compute_loss`` of your own. Inner trainings run in
+    float32, or in bfloat16 autocast with ``bf16``.
+
+    Cost of an outer step: C trainings of ``inner_steps`` forward and backward passes of about K rows, and C forward passes of the
+    upper rows; at the end one training, or ``num_final_masks``, and ten of uniform draws to compare with. Memory
+    beside the pool: the initialisation, gradients and optimizer state; with the batched engine C times that of a training.
+    Processes share the masks, with one gather of C numbers a step.
+
+    Logged, with the outer step as step: ``coreset/upper_loss``, the mean over the masks in nats; ``coreset/expected_size``;
+    ``coreset/entropy`` in nats; ``coreset/settled``, the share of probabilities within 0.01 of 0 or 1; ``coreset/num_diverged``,
+    inner trainings left out so far. At the end ``coreset/final_upper_loss`` beside ``coreset/uniform_upper_loss_mean`` and
+    ``_min`` of ten uniform draws.
+
+    Args:
+        *args: ``model`` and ``args``, as for ``Trainer``; better passed by name.
+        target_dataset: Map-style dataset of the upper loss, with the columns of ``train_dataset``; the pool if None.
+        bilevel_config: A ``CoresetConfig``.
+        search_model: Model that is trained in the search instead of ``model``, for instance a smaller one with the same inputs.
+        compute_sample_losses: Loss of each sample for models whose head is not known.
+        **kwargs: Everything else that ``Trainer`` takes.
+
+    References:
+        Zhou, Pi, Zhang, Lin, Zhang, Probabilistic Bilevel Coreset Selection, ICML 2022.
+
+    Example:
+        >>> from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
+        >>> config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        ...                    image_size=8, patch_size=4, num_channels=1, num_labels=2)
+        >>> pool = [{"pixel_values": torch.randn(1, 8, 8), "labels": i % 2} for i in range(40)]
+        >>> trainer = CoresetTrainer(
+        ...     model=ViTForImageClassification(config),
+        ...     args=TrainingArguments("output", per_device_train_batch_size=8, num_train_epochs=2, save_strategy="no",
+        ...                            use_cpu=True, disable_tqdm=True, report_to="none"),
+        ...     train_dataset=pool,
+        ...     bilevel_config=CoresetConfig(size=10, outer_steps=2, inner_steps=2),
+        ... )
+        >>> output = trainer.train()  # doctest: +ELLIPSIS
+        {...}
+        >>> len(trainer.selected_subset()), output.global_step
+        (10, 4)
+    """

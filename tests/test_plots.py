@@ -1,0 +1,90 @@
+"""Pictures: what they count, which domains they name, and that no name is taken for a formula."""
+
+import builtins
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_bilevel.plots import domain_shares, domain_weights_over_time, kept_against_dropped, weights_histogram
+
+
+def heights(figure: Any) -> list[list[float]]:
+    return [[bar.get_height() for bar in container] for container in figure.axes[0].containers]
+
+
+def test_histogram_counts_every_sample(tmp_path: Path) -> None:
+    weights = torch.tensor([0.0, 0.01, 0.51, 0.51, 0.99, 1.0], requires_grad=True)
+    figure = weights_histogram(weights)
+    (bars,) = heights(figure)
+    assert len(bars) == 40 and (bars[0], bars[20], bars[39]) == (2, 2, 2) and sum(bars) == 6
+    assert figure.axes[0].get_xlabel() == "sample weight" and figure.axes[0].get_legend() is None
+    figure.savefig(tmp_path / "weights.png")
+    assert (tmp_path / "weights.png").stat().st_size > 1000
+
+
+def test_histogram_of_two_groups_and_of_weights_above_one() -> None:
+    figure = weights_histogram(torch.tensor([0.0, 0.5, 1.0, 4.0]), torch.tensor([True, True, False, False]))
+    intact, corrupted = heights(figure)
+    assert (sum(intact), sum(corrupted)) == (2, 2)
+    assert corrupted[0] == 1 and corrupted[5] == 1 and intact[10] == 1 and intact[39] == 1  # bins of 0.1
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["intact", "corrupted"]
+
+
+def test_kept_lies_under_dropped(tmp_path: Path) -> None:
+    figure = kept_against_dropped("a $score$_1", [0.0, 0.5, 2.0], [1, 1200], [3, 4])
+    axes = figure.axes[0]
+    assert heights(figure) == [[1, 1200], [3, 4]]
+    kept, dropped = axes.containers
+    assert [(bar.get_x(), bar.get_width(), bar.get_y()) for bar in kept] == [(0.0, 0.5, 0), (0.5, 1.5, 0)]
+    assert [bar.get_y() for bar in dropped] == [1, 1200]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["kept: 1,201 rows", "dropped: 7 rows"]
+    figure.savefig(tmp_path / "a.png")  # as a formula the label would be an error here
+    assert axes.get_xlabel() == "a $score$_1"
+
+
+def test_shares_of_domains(tmp_path: Path) -> None:
+    figure = domain_shares(["web", "books\n$\\frac$" + "x" * 40], [30, 10], [1, 3])
+    axes = figure.axes[0]
+    subset, pool = ([bar.get_width() for bar in container] for container in axes.containers)
+    assert subset == [25.0, 75.0] and pool == [75.0, 25.0]  # from below: the largest of the subset is on top
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert (
+        names[0] == "web" and names[1].startswith("books $\\frac$xxx") and len(names[1]) == 28 and names[1][-1] == "…"
+    )
+    figure.savefig(tmp_path / "a.png")
+    assert axes.get_ylabel() == ""
+
+
+def test_only_the_largest_domains_are_drawn() -> None:
+    counts = list(range(1, 31))
+    axes = domain_shares([f"d{i}" for i in range(30)], counts, [0] * 29 + [7]).axes[0]
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert sorted(names) == sorted(f"d{i}" for i in range(10, 30)) and names[-1] == "d29"
+    assert axes.get_ylabel() == "20 of 30 domains"
+
+
+def test_an_empty_subset_is_drawn() -> None:
+    (subset, _) = domain_shares(["a"], [3], [0]).axes[0].containers
+    assert [bar.get_width() for bar in subset] == [0]
+
+
+def test_plots_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    calls = [
+        lambda: weights_histogram(torch.ones(3)),
+        lambda: domain_weights_over_time([0], [[0.5, 0.5]], ["a", "b"], 1),
+        lambda: kept_against_dropped("score", [0, 1], [1], [1]),
+        lambda: domain_shares(["a"], [1], [1]),
+    ]
+    for call in calls:
+        with pytest.raises(ImportError, match="Plots need matplotlib: `pip install matplotlib`"):
+            call()
