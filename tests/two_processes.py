@@ -40,6 +40,7 @@ CORESET_ON = {
     "num_masks": 3,
     "num_final_masks": 2,
     "inner_batch_size": 4,
+    "engine": "sequential",  # stacked trainings share the random numbers of dropout, as many as a process has
 }
 TRAINERS = {
     BladeConfig: BladeTrainer,
