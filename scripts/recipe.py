@@ -6,24 +6,25 @@ A recipe is a flat YAML file with fields of the script's own arguments, of ``Tra
 config. The command line wins over it, and a name that nobody knows is an error.
 """
 
-import difflib
 import os
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-import yaml
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
 from hf_bilevel import BrosTrainer
+from hf_bilevel.commands.recipe import parse
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 from report import mean_and_std, print_table, write_report
+
+__all__ = ["TaskArguments", "judge_weights", "parse", "report"]
 
 
 @dataclass
@@ -33,44 +34,6 @@ class TaskArguments:
     seeds: int = field(default=1, metadata={"help": "Repetitions, with the seeds `seed`, `seed` + 1, ..."})
     report: str | None = field(default=None, metadata={"help": "JSON file for what was measured."})
     smoke: bool = field(default=False, metadata={"help": "A few steps on little data, in seconds: does it run?"})
-
-
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise SystemExit(f"{self.prog}: {message}")  # without the usage, a hundred lines long
-
-
-def parse(*classes: type, argv: list[str] | None = None) -> tuple[Any, ...]:
-    """Read one instance of each class from a recipe and the command line."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    parser = _Parser(classes, usage="%(prog)s RECIPE.yaml [--field value ...]", allow_abbrev=False)
-    names = [entry.name for cls in classes for entry in fields(cls) if entry.init]
-    if argv and not argv[0].startswith("-"):
-        recipe = argv.pop(0)
-        try:
-            values = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            parser.error(f"cannot read the recipe {recipe}: {error}")
-        if not isinstance(values, dict):
-            parser.error(f"the recipe {recipe} must hold lines `field: value`, got {type(values).__name__}.")
-        for name in values:
-            if name not in names:
-                parser.error(f"the recipe {recipe} has an unknown field `{name}`.{_nearest(name, names)}")
-        parser.set_defaults(**values)  # argparse converts what is a string, as on the command line
-    namespace, unknown = parser.parse_known_args(argv)
-    if unknown:
-        hint = _nearest(unknown[0].lstrip("-").split("=")[0].replace("-", "_"), names) if unknown[0][0] == "-" else ""
-        parser.error(f"`{unknown[0]}` is not a field.{hint or ' Write `--field value`, after the recipe.'}")
-    values, parsed = vars(namespace), []
-    for cls in classes:
-        own = [entry.name for entry in fields(cls) if entry.init and entry.name in values]
-        parsed.append(cls(**{name: values.pop(name) for name in own}))
-    return tuple(parsed)
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    found = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    return f" Do you mean `{found[0]}`?" if found else " `--help` lists all."
 
 
 def report(

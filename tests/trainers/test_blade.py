@@ -4,6 +4,7 @@ import copy
 import logging
 import math
 import shutil
+import types
 from pathlib import Path
 from typing import Any
 
@@ -1191,3 +1192,36 @@ def test_own_compute_loss(tmp_path: Path) -> None:
     assert not torch.equal(*runs)
     with pytest.raises(RuntimeError, match=r"called `model\(\*\*inputs\)` 2 times; token selection needs exactly one"):
         make_trainer(BladeTwiceTrainer, "llama", tmp_path, trainer_kwargs=settings).train()
+
+
+@pytest.mark.parametrize("kind", ["closure", "bound", "bound closure", "closure under autocast"])
+def test_a_reference_runs_its_own_weights_whatever_forward_the_model_was_given(kind: str) -> None:
+    """TRL exchanges `forward` by a closure over the model, accelerate's autocast wraps what it finds."""
+    from hf_bilevel.trainers.reference import ReferenceCopy
+
+    model = make_model("llama").eval()
+    forward = type(model).forward
+    if kind == "bound":
+        model.forward = types.MethodType(lambda self, *args, **kwargs: forward(self, *args, **kwargs), model)
+    elif kind == "bound closure":
+        original = model.forward
+        model.forward = types.MethodType(lambda self, *args, **kwargs: original(*args, **kwargs), model)
+    else:
+        model.forward = lambda *args, **kwargs: forward(model, *args, **kwargs)
+    if kind == "closure under autocast":
+        patched = model.forward
+        model._original_forward, model.forward = patched, lambda *args, **kwargs: patched(*args, **kwargs)
+    given = model.forward
+    reference = ReferenceCopy.of(model, None, torch.device("cpu"), parked=False)
+    assert model.forward is given
+    tokens = torch.arange(1, 7)[None]
+    with torch.no_grad():
+        before = model(input_ids=tokens).logits
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+        with reference.active() as module:
+            assert torch.equal(module(input_ids=tokens).logits, before)
+        assert not torch.equal(model(input_ids=tokens).logits, before)
+    with reference.active(training=True) as module:
+        module(input_ids=tokens, labels=tokens).loss.backward()
+        assert all(p.grad is not None for p in module.parameters()) and all(p.grad is None for p in model.parameters())

@@ -1,0 +1,297 @@
+"""Say what a run would do and cost, without doing it."""
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainingArguments
+
+from hf_bilevel.commands.arguments import DataArguments, ModelArguments, RunArguments
+from hf_bilevel.commands.sources import AnyDataset
+from hf_bilevel.core.mixture import optimal_inner_steps
+from hf_bilevel.core.selection import num_selected, synchronisation_schedule
+from hf_bilevel.derivatives import LowerBlocks
+from hf_bilevel.losses import LM_HEADS, find_head
+from hf_bilevel.trainers.blade import BladeConfig
+from hf_bilevel.trainers.bros import BrosConfig
+from hf_bilevel.trainers.config import BilevelConfig
+from hf_bilevel.trainers.coreset import CoresetConfig
+from hf_bilevel.trainers.mixture import MixtureConfig
+from hf_bilevel.trainers.reference import is_peft_model
+
+TRAINING = 3  # a forward and backward pass, in forward passes
+
+SHOWN = ("output_dir", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
+
+Settings = tuple[ModelArguments, DataArguments, RunArguments, TrainingArguments, BilevelConfig]
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """The arithmetic of batches, as the Trainer does it.
+
+    Args:
+        num_rows: Rows of what is trained on; None for a stream.
+        args: The arguments.
+
+    Example:
+        >>> args = TrainingArguments("output", per_device_train_batch_size=8, gradient_accumulation_steps=2, use_cpu=True)
+        >>> batches = Batches(100, args)
+        >>> batches.rows_per_step, batches.steps_per_epoch, batches.steps
+        (16, 7, 21)
+    """
+
+    num_rows: int | None
+    args: TrainingArguments
+
+    @property
+    def rows_per_step(self) -> int:
+        """Candidates of an optimizer step, over devices and accumulation."""
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch."""
+        per_loader = self.num_rows / (self.args.train_batch_size * self.args.world_size)
+        length = math.floor(per_loader) if self.args.dataloader_drop_last else math.ceil(per_loader)
+        return max(1, math.ceil(length / self.args.gradient_accumulation_steps))
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        return math.ceil(self.args.num_train_epochs * self.steps_per_epoch)
+
+
+def describe(method: str, settings: Settings, parts: dict[str, AnyDataset], model: nn.Module) -> str:
+    """Describe a run.
+
+    Args:
+        method: The command.
+        settings: What was parsed.
+        parts: The encoded datasets.
+        model: The model, on the device ``meta``.
+
+    Returns:
+        Settings that differ from their defaults, the arithmetic of batches, cost and memory, as text.
+    """
+    *_, args, config = settings
+    num_pool = num_trained = _length(parts["train"])
+    if isinstance(config, CoresetConfig) and config.size != "pool" and num_pool is not None:
+        num_trained = min(num_pool, _in_rows(config.size, num_pool))
+    batches = Batches(num_trained, args)
+    lines = [
+        f"hf-bilevel {method}, a dry run: nothing is trained and nothing is written.",
+        "",
+        "Settings that differ:",
+    ]
+    lines += [f"  {name}: {value}" for name, value in _differing(settings).items()]
+    lines += ["", "Data:"]
+    for name, part in parts.items():
+        length = _length(part)
+        lines.append(f"  {name}: {'a stream' if length is None else f'{length:,} rows'}")
+    lines += ["", "Batches:", *(f"  {line}" for line in _batches(batches, config, model))]
+    lines += ["", "Cost, in forward passes of one row (forward and backward count 3), evaluation left out:"]
+    lines += [f"  {line}" for line in _cost(batches, config, model, num_pool, parts)]
+    lines += [
+        "",
+        "Memory, for one process, in MiB:",
+        *(f"  {line}" for line in _memory(args, config, model, num_pool)),
+    ]
+    return "\n".join(lines)
+
+
+def _length(dataset: AnyDataset) -> int | None:
+    return len(dataset) if hasattr(dataset, "__len__") else None
+
+
+def _in_rows(size: int | float, num: int) -> int:
+    return math.ceil(size * num) if isinstance(size, float) else size
+
+
+def _differing(settings: Settings) -> dict[str, Any]:
+    model, data, job, args, config = settings
+    default_args = type(args)(output_dir=args.output_dir, use_cpu=args.use_cpu).to_dict()  # which hides tokens
+    values = {name: value for name, value in args.to_dict().items() if name in SHOWN or value != default_args[name]}
+    for part in (model, data, job, config):
+        for entry in dataclasses.fields(part):
+            value = getattr(part, entry.name)
+            default = entry.default
+            if str(value) != str(default):  # fields that are a number or a word have the default as a word
+                values[entry.name] = value
+    return values
+
+
+def _selects_tokens(config: BladeConfig, model: nn.Module) -> bool:
+    return config.granularity == "token" or config.granularity == "auto" and find_head(model) in LM_HEADS
+
+
+def _batches(batches: Batches, config: BilevelConfig, model: nn.Module) -> list[str]:
+    args, rows = batches.args, batches.rows_per_step
+    name = "candidates" if isinstance(config, BladeConfig) else "rows"
+    lines = [
+        f"{name} of a step: {args.train_batch_size} per device × {args.gradient_accumulation_steps} accumulated × "
+        f"{args.world_size} processes = {rows:,}"
+    ]
+    if isinstance(config, BladeConfig):
+        if _selects_tokens(config, model):
+            lines.append(f"selected: {config.selection_ratio:.0%} of their tokens")
+        else:
+            num = num_selected(config.selection_ratio, args.train_batch_size) * rows // args.train_batch_size
+            lines.append(f"selected: {num:,} rows")
+    if batches.num_rows is not None:
+        lines.append(f"steps of an epoch: {batches.steps_per_epoch:,} ({batches.num_rows:,} rows)")
+    lines.append(f"steps of the run: {batches.steps:,}")
+    if _has_dynamic_reference(config):
+        schedule = (_inner_steps if isinstance(config, MixtureConfig) else _synchronisations)(config, batches.steps)
+        lines.append("reference: every {:,} steps it is made anew and takes {:,}".format(*schedule))
+    return lines
+
+
+def _has_dynamic_reference(config: BilevelConfig) -> bool:
+    if isinstance(config, MixtureConfig):
+        return (config.mixture, config.hypergradient) == ("learned", "penalty")
+    if not isinstance(config, BladeConfig) or config.selection_ratio == 1:
+        return False
+    return (config.score, config.reference) == ("excess_loss", "dynamic")
+
+
+# Cost ---------------------------------------------------------------------------------------------------------------
+
+
+def _cost(
+    batches: Batches, config: BilevelConfig, model: nn.Module, num_pool: int | None, parts: dict[str, AnyDataset]
+) -> list[str]:
+    plain = TRAINING * batches.rows_per_step * batches.steps
+    if isinstance(config, CoresetConfig):
+        search = _coreset_search(config, num_pool, _length(parts["target"]) if "target" in parts else num_pool)
+        on_pool = TRAINING * batches.rows_per_step * Batches(num_pool, batches.args).steps
+        return [
+            f"search: {search:,.0f}",
+            f"training on the coreset: {plain:,}",
+            f"whole run: {search + plain:,.0f}, {(search + plain) / on_pool:.2f} times the plain Trainer on the pool ({on_pool:,})",
+        ]
+    if isinstance(config, BladeConfig):
+        total = _blade(batches, config, _selects_tokens(config, model))
+    else:
+        total = (_bros if isinstance(config, BrosConfig) else _mixture)(batches, config)
+    return [
+        f"a step, on average: {total / batches.steps:,.1f}; with the plain Trainer {TRAINING * batches.rows_per_step:,}",
+        f"whole run: {total:,.0f}, {total / plain:.2f} times the plain Trainer ({plain:,})",
+    ]
+
+
+def _blade(batches: Batches, config: BladeConfig, token: bool) -> float:
+    rows, steps, size = batches.rows_per_step, batches.steps, batches.args.train_batch_size
+    if config.selection_ratio == 1:
+        return TRAINING * rows * steps
+    selecting = max(0, steps - config.start_step)
+    share = 1.0 if token else num_selected(config.selection_ratio, size) / size
+    scoring = {"excess_loss": 2, "loss": 1, "random": 0}[config.score]
+    if token:
+        scoring = int(config.score == "excess_loss")  # the model's own losses come from the training pass
+    total = TRAINING * rows * (steps - selecting) + (scoring + TRAINING * share) * rows * selecting
+    if _has_dynamic_reference(config) and selecting:
+        sync_steps, reference_steps = _synchronisations(config, steps)
+        first = reference_steps if config.first_reference_steps == "auto" else config.first_reference_steps
+        later = (math.ceil(selecting / sync_steps) - 1) * reference_steps
+        target = TRAINING * (config.target_batch_size or size)
+        lower = 0 if config.penalty == 0 else size
+        per_process = first * (target + TRAINING * lower) + later * (target + (2 + TRAINING * share) * lower)
+        total += per_process * batches.args.world_size
+    return total
+
+
+def _bros(batches: Batches, config: BrosConfig) -> float:
+    rows, steps = batches.rows_per_step, batches.steps
+    updates = (
+        0 if config.upper_variable == "fixed" else math.ceil(max(0, steps - config.start_step) / config.update_every)
+    )
+    extra = {"one_sided": TRAINING, "two_sided": TRAINING + 2, "bi_probe": 3 * TRAINING + 2}[config.estimator]
+    target = (config.target_batch_size or batches.args.train_batch_size) * batches.args.world_size
+    return TRAINING * rows * steps + updates * (extra * rows + TRAINING * target)
+
+
+def _mixture(batches: Batches, config: MixtureConfig) -> float:
+    rows, steps, args = batches.rows_per_step, batches.steps, batches.args
+    plain = TRAINING * rows * steps
+    if config.mixture != "learned":
+        return plain
+    target = TRAINING * (config.target_batch_size or args.train_batch_size) * args.world_size
+    if config.hypergradient == "unrolled":
+        return plain + steps * 2 * TRAINING * rows  # a Hessian action for every step
+    probe = 2 * config.probe_batches * args.train_batch_size * args.world_size
+    inner, repeated = _inner_steps(config, steps)
+    if config.hypergradient == "alignment":
+        return plain + (steps - 1) // inner * (target + probe)
+    return plain + (steps - 1) // inner * (repeated * (TRAINING * rows + target) + probe)
+
+
+def _synchronisations(config: BladeConfig, steps: int) -> tuple[int, int]:
+    given = (None if value == "auto" else value for value in (config.sync_steps, config.reference_steps))
+    return synchronisation_schedule(*given, max_steps=steps)
+
+
+def _inner_steps(config: MixtureConfig, steps: int) -> tuple[int, int]:
+    inner = config.inner_steps
+    if inner == "auto":
+        inner = 1 if config.hypergradient == "alignment" else optimal_inner_steps(steps)
+        inner = inner if config.reference_steps == "auto" else max(inner, config.reference_steps)
+    return inner, max(1, inner // 10) if config.reference_steps == "auto" else config.reference_steps
+
+
+def _coreset_search(config: CoresetConfig, num_pool: int, num_upper: int) -> float:
+    if config.size == "pool":
+        return 0.0
+    masked = min(num_pool, _in_rows(config.size, num_pool))
+    training = config.inner_steps * TRAINING * min(config.inner_batch_size or masked, masked)
+    compared = min(config.num_upper_rows or num_upper, num_upper)
+    at_the_end = max(1, config.num_final_masks) + config.num_final_masks
+    return config.outer_steps * config.num_masks * (training + compared) + at_the_end * (training + num_upper)
+
+
+# Memory -------------------------------------------------------------------------------------------------------------
+
+
+def _memory(args: TrainingArguments, config: BilevelConfig, model: nn.Module, num_pool: int | None) -> list[str]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    gradients = sum(p.numel() * p.element_size() for p in trained)
+    states = _state_bytes(args.optim.value, trained)
+    found: dict[str, float | None] = {"weights": weights}
+    if isinstance(config, BrosConfig) and config.upper_variable != "fixed":
+        rank = "full" if is_peft_model(model) else config.rank
+        blocks = LowerBlocks(model, rank, config.modules, config.rest)
+        size = 4 if config.auxiliary_dtype == "float32" else 2
+        found["gradients, of the loss and along the auxiliary variable"] = 2 * _bytes(blocks.leaves)
+        found["optimizer"] = _state_bytes(args.optim.value, blocks.leaves)
+        found["auxiliary variable"] = size * sum(p.numel() for p in blocks.parameters)
+        if num_pool is not None and config.upper_variable == "table":
+            found["sample weights"] = 8 * num_pool
+    else:
+        found |= {"gradients": gradients, "optimizer": states}
+    if _has_dynamic_reference(config):
+        adapter = is_peft_model(model)
+        found["reference, " + ("a second adapter" if adapter else "a copy")] = gradients if adapter else weights
+        found["its optimizer, while it is trained"] = states
+    if isinstance(config, CoresetConfig) and config.size != "pool":
+        found[f"search, one model of {config.num_masks} at a time; the batched engine holds all"] = 4 * gradients
+    total = sum(value for value in found.values() if value is not None)
+    lines = [f"{name}: {'not known' if value is None else f'{value / 2**20:,.1f}'}" for name, value in found.items()]
+    return [*lines, f"sum: {total / 2**20:,.1f}", "not counted: activations, data, and what the libraries need"]
+
+
+def _bytes(tensors: list[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _state_bytes(optim: str, tensors: list[torch.Tensor]) -> float | None:
+    """Bytes of an optimizer's state; None where it is not known here."""
+    if optim == "sgd":
+        return 0
+    if not optim.startswith("adamw"):
+        return None
+    return 2 * sum(t.numel() for t in tensors) if "8bit" in optim else 2 * _bytes(tensors)

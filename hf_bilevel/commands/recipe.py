@@ -1,0 +1,87 @@
+"""Read settings from a recipe, a flat YAML file, and from the command line, which wins over it."""
+
+import difflib
+import sys
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise SystemExit(f"{self.prog}: {message}")  # without the usage, a hundred lines long
+
+
+def parse(*classes: type, argv: list[str] | None = None, prog: str | None = None) -> tuple[Any, ...]:
+    """Read one instance of each class from a recipe and the command line.
+
+    Args:
+        *classes: Dataclasses whose fields have different names.
+        argv: ``RECIPE.yaml [--field value ...]``, without the recipe ``[--field value ...]``; that of the process if None.
+        prog: How the program is called, for messages; the name of the process if None.
+
+    Returns:
+        An instance of each class.
+
+    Raises:
+        SystemExit: If a name is not known, with the nearest that is; if a value cannot be read or is refused by its class.
+
+    Example:
+        >>> from hf_bilevel import BladeConfig
+        >>> (config,) = parse(BladeConfig, argv=["--selection-ratio", "0.3"])
+        >>> config.selection_ratio
+        0.3
+        >>> parse(BladeConfig, argv=["--selection_ration", "0.3"], prog="blade")
+        Traceback (most recent call last):
+        SystemExit: blade: `--selection_ration` is not a field. Do you mean `selection_ratio`?
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = _Parser(classes, prog=prog, usage="%(prog)s RECIPE.yaml [--field value ...]", allow_abbrev=False)
+    names = [entry.name for cls in classes for entry in fields(cls) if entry.init]
+    if argv and not argv[0].startswith("-"):
+        recipe = argv.pop(0)
+        try:
+            values = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
+        except (OSError, UnicodeError, yaml.YAMLError) as error:
+            parser.error(f"cannot read the recipe {recipe}: {error}")
+        if not isinstance(values, dict):
+            parser.error(f"the recipe {recipe} must hold lines `field: value`, got {type(values).__name__}.")
+        for name in values:
+            if name not in names:
+                parser.error(f"the recipe {recipe} has an unknown field `{name}`.{nearest(name, names)}")
+        parser.set_defaults(**values)  # argparse converts what is a string, as on the command line
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        hint = nearest(unknown[0].lstrip("-").split("=")[0].replace("-", "_"), names) if unknown[0][0] == "-" else ""
+        parser.error(f"`{unknown[0]}` is not a field.{hint or ' Write `--field value`, after the recipe.'}")
+    values, parsed = vars(namespace), []
+    for cls in classes:
+        own = [entry.name for entry in fields(cls) if entry.init and entry.name in values]
+        try:
+            parsed.append(cls(**{name: values.pop(name) for name in own}))
+        except (TypeError, ValueError) as error:
+            raise SystemExit(f"{parser.prog}: {error}") from error
+    return tuple(parsed)
+
+
+def nearest(name: Any, names: Iterable[str], otherwise: str = " `--help` lists all.") -> str:
+    """Say which of a few names was probably meant.
+
+    Args:
+        name: What was given.
+        names: What is known.
+        otherwise: What to say if nothing is near.
+
+    Returns:
+        A sentence with a space before it.
+
+    Example:
+        >>> nearest("txt", ["text", "label"])
+        ' Do you mean `text`?'
+    """
+    found = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.5)
+    return f" Do you mean `{found[0]}`?" if found else otherwise

@@ -1,0 +1,269 @@
+"""From a recipe to a trained model and the selected subset."""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import torch
+from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
+
+from hf_bilevel.commands.arguments import (
+    BladeRunArguments,
+    DataArguments,
+    ModelArguments,
+    RunArguments,
+    SubsetRunArguments,
+)
+from hf_bilevel.commands.models import build_model, load_config_and_processor
+from hf_bilevel.commands.plan import describe
+from hf_bilevel.commands.prepare import PreparedData, prepare
+from hf_bilevel.commands.recipe import parse
+from hf_bilevel.commands.sources import AnyDataset, explain_split, load_datasets
+from hf_bilevel.subset import SelectedSubset, dataset_facts
+from hf_bilevel.trainers.blade import BladeConfig, BladeMixin, BladeTrainer
+from hf_bilevel.trainers.bros import BrosConfig, BrosMixin, BrosTrainer
+from hf_bilevel.trainers.config import BilevelConfig
+from hf_bilevel.trainers.coreset import CoresetConfig, CoresetMixin, CoresetTrainer
+from hf_bilevel.trainers.mixture import MixtureConfig, MixtureTrainer
+
+SUBSET_FOLDER = "selected_subset"
+
+logger = logging.getLogger(__name__)
+
+
+class Command(NamedTuple):
+    """What a command trains with.
+
+    Attributes:
+        trainer: The trainer.
+        config: Its config.
+        arguments: What to do with the result.
+        help: One line.
+    """
+
+    trainer: type[Trainer]
+    config: type[BilevelConfig]
+    arguments: type[RunArguments]
+    help: str
+
+
+COMMANDS = {
+    "blade": Command(
+        BladeTrainer,
+        BladeConfig,
+        BladeRunArguments,
+        "train on the samples or tokens that the model can still learn from",
+    ),
+    "bros": Command(BrosTrainer, BrosConfig, SubsetRunArguments, "learn a weight for every sample, and train with it"),
+    "mixture": Command(MixtureTrainer, MixtureConfig, SubsetRunArguments, "learn how much of each domain to train on"),
+    "coreset": Command(CoresetTrainer, CoresetConfig, RunArguments, "find a subset of a fixed size, and train on it"),
+}
+
+
+def run(name: str, argv: list[str] | None = None) -> Trainer | None:
+    """Do what a recipe says.
+
+    Args:
+        name: One of ``COMMANDS``.
+        argv: ``RECIPE.yaml [--field value ...]``; that of the process if None.
+
+    Returns:
+        The trainer after training, None after a dry run.
+
+    A setting that is refused ends the process, with the reason (``SystemExit``).
+    """
+    command, prog = COMMANDS[name], f"hf-bilevel {name}"
+    classes = (ModelArguments, DataArguments, command.arguments, TrainingArguments, command.config)
+    model, data, job, args, config = parse(*classes, argv=argv, prog=prog)
+    with _refusals_without_traceback(prog):
+        args, config = _check_settings(model, data, job, args, config)
+        set_seed(args.seed)
+        model_config, processor = load_config_and_processor(model)
+        with args.main_process_first(desc="loading and encoding the datasets"):
+            pool, parts, rows = load_datasets(data, args.seed if args.data_seed is None else args.data_seed)
+            domains = config.domain_column
+            prepared = prepare(parts, rows, model.task, data, processor, model_config, domains)
+        if args.process_index == 0:
+            _explain(data, prepared)
+        if job.dry_run:
+            if args.process_index == 0:
+                empty = build_model(model, model_config, prepared.label_names, weights=False)
+                print(describe(name, (model, data, job, args, config), prepared.parts, empty))
+            return None
+        trainer = _make_trainer(command, job, model, args, config, prepared, processor, model_config)
+    _train(trainer, args)
+    subset = None
+    if prepared.rows is not None:
+        subset = _save_subset(trainer, job, pool, prepared.rows, prog)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    if subset is not None and job.push_subset:
+        subset.push_to_hub(job.push_subset, pool=pool)
+    return trainer
+
+
+@contextmanager
+def _refusals_without_traceback(prog: str) -> Iterator[None]:
+    """Show the user what was refused before training, and why, without fifty lines of where."""
+    try:
+        yield
+    except ValueError as error:
+        raise SystemExit(f"{prog}: {error}") from error
+
+
+def _check_settings(
+    model: ModelArguments, data: DataArguments, job: RunArguments, args: TrainingArguments, config: BilevelConfig
+) -> tuple[TrainingArguments, BilevelConfig]:
+    """Refuse what cannot work before anything is loaded, and set what follows from the rest."""
+    num_started = int(os.environ.get("WORLD_SIZE", 1))
+    if num_started > args.world_size:
+        raise ValueError(
+            f"{num_started} processes were started, and each would train for itself, since there are no devices for them. On CPUs "
+            "add `--use_cpu`."
+        )
+    if data.streaming and args.max_steps <= 0:
+        raise ValueError("A stream has no length that epochs could be counted by: set `max_steps`.")
+    if job.push_subset and (data.streaming or data.pack):
+        raise ValueError(
+            f"`push_subset` uploads rows of `train_dataset`, and with `{'streaming' if data.streaming else 'pack'}` none are told "
+            "apart. Drop one of them."
+        )
+    if model.task == "image_classification":
+        args.remove_unused_columns = False  # pixels are made of images when a row is read
+    if getattr(job, "trl", False):
+        from hf_bilevel.commands.sft import sft_arguments
+
+        if model.task != "causal_lm":
+            raise ValueError(f"`trl` trains causal language models, and the task is `{model.task}`. Drop `trl`.")
+        if data.pack:
+            raise ValueError(
+                "`pack` cannot be combined with `trl`: BLADE selects samples there, and a packed or padding-free row is of several. "
+                "Drop `pack`, or drop `trl` and select tokens."
+            )
+        if config.granularity == "token":
+            raise ValueError(
+                "`granularity: token` cannot be combined with `trl`, whose trainer computes its loss from the labels itself. Use "
+                "`granularity: sample`, or drop `trl`."
+            )
+        args, config = sft_arguments(args), dataclasses.replace(config, granularity="sample")
+    return args, config
+
+
+def _explain(data: DataArguments, prepared: PreparedData) -> None:
+    explain_split(data)
+    for name, num in prepared.num_dropped.items():
+        if num:
+            logger.warning(
+                "%d rows of `%s_dataset` were left out: they have no token to train on within `max_length=%d`.",
+                num,
+                name,
+                data.max_length,
+            )
+
+
+def _make_trainer(
+    command: Command,
+    job: RunArguments,
+    model: ModelArguments,
+    args: TrainingArguments,
+    config: BilevelConfig,
+    prepared: PreparedData,
+    processor: Any,
+    model_config: Any,
+) -> Trainer:
+    trainer_class = command.trainer
+    if getattr(job, "trl", False):
+        from hf_bilevel.commands.sft import BladeSFTTrainer as trainer_class
+    if getattr(model_config, "pad_token_id", None) is None and hasattr(processor, "pad_token_id"):
+        model_config.pad_token_id = processor.pad_token_id  # a classifier looks for the last token before it
+    return trainer_class(
+        model=build_model(model, model_config, prepared.label_names),
+        args=args,
+        train_dataset=prepared.parts["train"],
+        target_dataset=prepared.parts.get("target"),
+        eval_dataset=prepared.parts.get("eval"),
+        data_collator=prepared.collator,
+        processing_class=processor,
+        compute_metrics=None if prepared.label_names is None else _accuracy,
+        bilevel_config=config,
+    )
+
+
+def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    logits = prediction.predictions
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    return {"accuracy": float((np.argmax(logits, axis=-1) == prediction.label_ids).mean())}
+
+
+def _train(trainer: Trainer, args: TrainingArguments) -> None:
+    resume = args.resume_from_checkpoint
+    resume = str(resume).lower() == "true" or resume  # "true" is how a command line says True
+    result = trainer.train(resume_from_checkpoint=resume if resume else None)
+    trainer.save_model()
+    trainer.save_metrics("train", result.metrics)
+    if trainer.eval_dataset is not None:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    trainer.save_state()
+
+
+def _save_subset(
+    trainer: Trainer, job: RunArguments, pool: datasets.Dataset, rows: np.ndarray, prog: str
+) -> SelectedSubset | None:
+    """Save the selected subset, in rows of the pool as it was loaded, and return it on the first process."""
+    try:
+        if isinstance(trainer, CoresetMixin):
+            subset = trainer.selected_subset()
+        else:
+            fraction = job.subset_fraction * _num_seen(trainer) / len(trainer.train_dataset)
+            subset = trainer.selected_subset(fraction=fraction)
+    except (RuntimeError, ValueError) as error:  # switched off, or a domain has too few rows
+        if job.push_subset:
+            raise SystemExit(f"{prog}: the model is saved, and there is no subset to upload: {error}") from error
+        logger.warning("No subset is saved: %s", error)
+        return None
+    if not trainer.is_world_process_zero():
+        return None
+    subset = in_rows_of(pool, subset, rows)
+    subset.save(Path(trainer.args.output_dir) / SUBSET_FOLDER)
+    return subset
+
+
+def _num_seen(trainer: Trainer) -> int:
+    """Count the rows that the run can say something of."""
+    if isinstance(trainer, BladeMixin) and trainer.sample_tally is not None:
+        return int((trainer.sample_tally.state_dict()["offered"] > 0).sum())
+    return len(trainer.sample_weights.ids) if isinstance(trainer, BrosMixin) else len(trainer.train_dataset)
+
+
+def in_rows_of(pool: AnyDataset, subset: SelectedSubset, rows: np.ndarray) -> SelectedSubset:
+    """Renumber a subset of some rows of a pool by the rows of the pool.
+
+    Args:
+        pool: The pool as it was loaded.
+        subset: A subset of ``pool.select(rows)``, encoded or not.
+        rows: Rows of the pool.
+
+    Returns:
+        The subset, of which ``to_dataset(pool)`` and ``push_to_hub(pool=pool)`` take the rows as they were before encoding.
+
+    Example:
+        >>> pool = datasets.Dataset.from_dict({"text": list("abc")})
+        >>> subset = SelectedSubset(torch.tensor([1]), num_pool=2)
+        >>> in_rows_of(pool, subset, np.array([0, 2])).to_dataset(pool)["text"][:]
+        ['c']
+    """
+    return dataclasses.replace(
+        subset,
+        ids=torch.from_numpy(rows)[subset.ids],
+        num_pool=len(pool),
+        fingerprint=pool._fingerprint,
+        facts={**subset.facts, "dataset": dataset_facts(pool)},
+    )
