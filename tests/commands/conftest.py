@@ -8,7 +8,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from byte_tokenizer import CHAT_TEMPLATE, byte_tokenizer  # beside this file
 from PIL import Image
 from transformers import (
     BertConfig,
@@ -19,6 +18,8 @@ from transformers import (
     ViTForImageClassification,
     ViTImageProcessor,
 )
+
+from commands.byte_tokenizer import CHAT_TEMPLATE, byte_tokenizer
 
 SIZE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 WORDS = "the model reads what it is given and says what comes next when nothing else is known to it".split()

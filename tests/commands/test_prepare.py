@@ -3,9 +3,9 @@
 import datasets
 import numpy as np
 import pytest
-from byte_tokenizer import CHAT_TEMPLATE, byte_tokenizer  # beside this file
 from transformers import LlamaConfig
 
+from commands.byte_tokenizer import CHAT_TEMPLATE, byte_tokenizer
 from hf_bilevel.commands.arguments import DataArguments
 from hf_bilevel.commands.chat import encode_chats
 from hf_bilevel.commands.prepare import prepare
