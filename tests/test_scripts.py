@@ -33,6 +33,7 @@ def test_readme_is_what_the_results_say(script) -> None:
     assert script("benchmarks/readme").main(["--check"]), "run scripts/benchmarks/readme.py"
 
 
+@pytest.mark.slow
 def test_quickstart(script, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     report = script("quickstart").main(["--steps", "12", "--output", str(tmp_path / "quickstart")])
     assert set(report["summary"]) == {f"accuracy/{arm}" for arm in ("all", "random", "static", "blade", "clean")}

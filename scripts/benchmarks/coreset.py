@@ -116,9 +116,9 @@ SNIPPET, TOKENS = 60, 24  # characters and tokens of a row of `text`
 class Settings:
     """How a task is run."""
 
-    search_net: str = "cheap"
-    outer_steps: int = 500
-    inner_steps: int = 25
+    search_net: str = "pooled"
+    outer_steps: int = 250
+    inner_steps: int = 20
     inner_learning_rate: float = 1e-2
     upper_learning_rate: float = 0.05
     final_net: str = "conv"
@@ -169,6 +169,7 @@ SETTINGS_OF = {
     "text": replace(
         SUMMARY,
         search_net="probe",
+        outer_steps=500,
         final_net="minilm",
         inner_steps=40,
         final_steps=35,
@@ -240,6 +241,9 @@ def make_net(name: str) -> Net:
         first = [nn.AvgPool2d(2), nn.Conv2d(1, 16, 3, stride=2, padding=1), nn.ReLU()]
         second = [nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten()]
         return Net(nn.Sequential(*first, *second), 512)
+    if name == "pooled":
+        first = [nn.AvgPool2d(2), nn.Conv2d(1, 16, 3), nn.MaxPool2d(2), nn.ReLU()]
+        return Net(nn.Sequential(*first, nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Flatten()), 512)
     if name == "mlp":
         return Net(nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.ReLU()), 128)
     if name == "perceptron":
@@ -780,7 +784,7 @@ def main(argv: list[str] | None = None) -> dict:
     for name in ("inner_learning_rate", "upper_learning_rate"):
         overrides.add_argument(f"--{name}", type=float)
     for name in ("search_net", "final_net"):
-        overrides.add_argument(f"--{name}", choices=["conv", "cheap", "mlp", "perceptron"])
+        overrides.add_argument(f"--{name}", choices=["conv", "pooled", "cheap", "mlp", "perceptron"])
     overrides.add_argument("--device", help="cpu, or cuda")
     options = parser.parse_args(argv)
     changes = {name: value for name, value in vars(options).items() if value is not None and hasattr(SUMMARY, name)}
