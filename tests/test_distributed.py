@@ -5,6 +5,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import pytest
 import torch
 from tiny import make_dataset, make_model, make_trainer, wide_norms
 from transformers import set_seed
@@ -15,6 +16,7 @@ from hf_bilevel import BrosConfig, BrosTrainer, CoresetConfig, CoresetTrainer, l
 MIXTURE_CASES = ("mixture vit", "mixture llama", "mixture alignment")
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
     script = Path(__file__).parent / "two_processes.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
