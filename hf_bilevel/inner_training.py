@@ -326,7 +326,7 @@ def stacking_pays(model: nn.Module, device: torch.device) -> bool:
 
     Returns:
         True up to 10 million trained parameters; on a CPU not with convolutions whose windows overlap, which are slower in
-        groups (measured at 5 masks: 1.5 times faster for a perceptron, 4 for a tiny ViT, 0.6 for a network of 5 x 5 windows).
+        groups. ``scripts/benchmarks/coreset_speed.py`` measures both engines.
     """
     overlaps = any(
         isinstance(module, nn.modules.conv._ConvNd) and module.stride != module.kernel_size

@@ -9,7 +9,7 @@ from tiny import make_dataset, make_model
 from torch import nn
 from transformers import default_data_collator
 
-from hf_bilevel.data import CollatedRows, derive_seed, private_randomness
+from hf_bilevel.data import CollatedRows
 from hf_bilevel.inner_training import BatchedEngine, InnerTraining, SequentialEngine, stacking_pays
 from hf_bilevel.losses import UnitLosses, unit_losses
 
@@ -261,13 +261,6 @@ def test_a_model_that_vmap_cannot_take_is_refused():
 
     with pytest.raises(ValueError, match=r"`Branching` cannot run as one model.*engine='sequential'"):
         make_engine(BatchedEngine, InnerTraining(1, None, 0.1), Branching())
-
-
-def test_seeds_are_not_the_generators():
-    """A seed is derived once more, so that batches and dropout do not share random numbers."""
-    with private_randomness(derive_seed(5)):
-        first = torch.rand(1)
-    assert first != torch.rand(1, generator=torch.Generator().manual_seed(5))
 
 
 def test_when_stacking_pays():

@@ -61,6 +61,48 @@ def cosine_decay(step: int, num_steps: int) -> float:
     return (1 + math.cos(math.pi * step / num_steps)) / 2
 
 
+def search_schedule(
+    step: int, num_steps: int, learning_rate: float, initial_size: float, size: float
+) -> tuple[float, float]:
+    """Say with which learning rate and down to which size the probabilities take a step.
+
+    The learning rate falls by ``cosine_decay``, the size by ``cubic_size`` between 16 % and 60 % of the steps, as published.
+
+    Args:
+        step: From 0.
+        num_steps: Of the search, positive.
+        learning_rate: At the first step.
+        initial_size: Expected size at the start.
+        size: Of the coreset.
+
+    Returns:
+        Learning rate and size.
+
+    Example:
+        >>> search_schedule(0, 100, 0.1, initial_size=500, size=100), search_schedule(59, 100, 0.1, 500, 100)[1]
+        ((0.1, 500), 100)
+    """
+    annealed = cubic_size(step + 1, initial_size, size, round(0.16 * num_steps), round(0.6 * num_steps))
+    return learning_rate * cosine_decay(step, num_steps), annealed
+
+
+def first_probabilities(num_samples: int, size: float) -> Tensor:
+    """Give all samples the same probability, with an expected size of K, but at most 1/2: what starts at 1 has no gradient.
+
+    Args:
+        num_samples: n.
+        size: K.
+
+    Returns:
+        s, ``(n,)``, float32.
+
+    Example:
+        >>> first_probabilities(4, 1), first_probabilities(2, 2)
+        (tensor([0.2500, 0.2500, 0.2500, 0.2500]), tensor([0.5000, 0.5000]))
+    """
+    return torch.full((num_samples,), min(size / num_samples, 0.5))
+
+
 def uniform_masks(num_samples: int, size: int, num: int, generator: torch.Generator) -> Tensor:
     """Draw masks that keep K samples each, every subset of this size as likely as any other.
 

@@ -477,13 +477,16 @@ class BilevelMixin:
         if checkpoint is None or self._is_off():
             return
         state = self._resumed_state if self._resumed_state is not None else self._read_state(checkpoint)
-        config = self.bilevel_config.to_dict()
-        changed = [key for key, value in config.items() if state["config"].get(key) != value]
-        if changed:
-            before, now = ({key: source.get(key) for key in changed} for source in (state["config"], config))
-            logger.warning("The bilevel settings changed since the checkpoint: %s, now %s.", before, now)
+        self._say_what_changed(state["config"])
         ranks = state["ranks"]
         self._load_state(state["shared"], ranks[self.args.process_index] if any(ranks) else {})
+
+    def _say_what_changed(self, config_before: dict[str, Any]) -> None:
+        config = self.bilevel_config.to_dict()
+        changed = [key for key, value in config.items() if config_before.get(key) != value]
+        if changed:
+            before, now = ({key: source.get(key) for key in changed} for source in (config_before, config))
+            logger.warning("The bilevel settings changed since the checkpoint: %s, now %s.", before, now)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._keys_were_renamed = False

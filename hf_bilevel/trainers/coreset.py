@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -21,11 +22,11 @@ from transformers import Trainer
 from hf_bilevel.core.coreset import (
     CoresetProbabilities,
     best_sampled_mask,
-    cosine_decay,
-    cubic_size,
+    first_probabilities,
     policy_gradient,
     sample_masks,
     search_progress,
+    search_schedule,
     top_mask,
     uniform_masks,
 )
@@ -226,6 +227,12 @@ class CoresetMixin(BilevelMixin):
         if self.target_dataset is not None:
             self._check_target_dataset()
         self._check_losses(self.train_dataset)
+        if self.compute_loss_func is not None and self.compute_sample_losses is None:
+            warnings.warn(
+                "`compute_loss_func` is not used by the search, which trains and judges by the loss of the model's head. Pass "
+                "`compute_sample_losses=`, (model, batch) -> losses of shape (n,), for it to see the same loss.",
+                stacklevel=5,
+            )
 
     def _selects_rows(self) -> bool:
         return True
@@ -261,12 +268,11 @@ class CoresetMixin(BilevelMixin):
             raise ValueError("`search` needs `train_dataset`, the pool to choose from.")
         if self.train_dataset is not self._prepared_pool:
             self._prepare_pool()
-        num = len(self.train_dataset)
         size = self._in_rows(self.bilevel_config.size)
         initial_size = (
             size if self.bilevel_config.initial_size == "size" else self._in_rows(self.bilevel_config.initial_size)
         )
-        progress = _Search(CoresetProbabilities(torch.full((num,), min(initial_size / num, 0.5))))
+        progress = _Search(CoresetProbabilities(first_probabilities(len(self.train_dataset), initial_size)))
         folder = Path(self.args.output_dir) / SEARCH_FOLDER
         if resume_from_checkpoint:
             self._load_search(progress, folder if resume_from_checkpoint is True else Path(resume_from_checkpoint))
@@ -284,7 +290,6 @@ class CoresetMixin(BilevelMixin):
         self, progress: "_Search", engine: SequentialEngine | BatchedEngine, initial_size: int, size: int, folder: Path
     ) -> None:
         config = self.bilevel_config
-        start, end = round(0.16 * config.outer_steps), round(0.6 * config.outer_steps)
         bar = tqdm(
             total=config.outer_steps,
             initial=progress.step,
@@ -297,11 +302,8 @@ class CoresetMixin(BilevelMixin):
                 masks = self._masks(progress.search.probabilities, config.num_masks, _MASKS, step)
                 losses = self._upper_losses(engine, masks, step, self._upper_rows(engine, step))
                 gradient, _ = policy_gradient(masks, losses, progress.search.probabilities)
-                progress.search.step(
-                    gradient,
-                    config.upper_learning_rate * cosine_decay(step, config.outer_steps),
-                    cubic_size(step + 1, initial_size, size, start, end),
-                )
+                schedule = search_schedule(step, config.outer_steps, config.upper_learning_rate, initial_size, size)
+                progress.search.step(gradient, *schedule)
                 progress.add(losses)
                 if progress.num_lost_in_a_row == MAX_LOST_STEPS:
                     raise FloatingPointError(
@@ -455,7 +457,6 @@ class CoresetMixin(BilevelMixin):
     def _save_search(self, progress: "_Search", folder: Path) -> None:
         if self.args.should_save:
             state = {
-                "method": self.method,
                 "config": self.bilevel_config.to_dict(),
                 "num_pool": len(self.train_dataset),
                 "fingerprint": getattr(self.train_dataset, "_fingerprint", None),
@@ -481,10 +482,7 @@ class CoresetMixin(BilevelMixin):
                 f"`{path}` is of a search in a pool of {num_pool} samples with the fingerprint {fingerprint} and the seed {seed}; "
                 f"here they are {mine[0]}, {mine[1]} and {mine[2]}. Prepare the pool in the same way, or search anew."
             )
-        now = self.bilevel_config.to_dict()
-        if changed := [name for name in now if config.get(name) != now[name]]:
-            before, after = ({name: source.get(name) for name in changed} for source in (config, now))
-            logger.warning("The settings changed since the search was interrupted: %s, now %s.", before, after)
+        self._say_what_changed(config)
         self._searched_model().load_state_dict(weights)
         progress.load_state_dict(search)
 

@@ -416,9 +416,10 @@ def test_a_resumed_search_is_the_uninterrupted_one(engine: str, tmp_path: Path) 
     with torch.no_grad():
         other.classifier.weight.add_(1.0)  # a head drawn anew by another process
     again = build(tmp_path / "part", settings, model=other)
-    steps = []
-    again._save_search = lambda progress, folder: steps.append(progress.step)
+    steps, upper_rows = [], again._upper_rows
+    again._upper_rows = lambda engine, step: steps.append(step) or upper_rows(engine, step)
     resumed = again.search(resume_from_checkpoint=True)
+    assert steps == [4, 5]  # saved at 4, interrupted after 5
     assert same(resumed, expected) and resumed.facts["search"] == expected.facts["search"]
     assert torch.equal(parameters_of(again), parameters_of(whole))
     assert not torch.equal(expected.probabilities, torch.full((12,), 12 / 64))
@@ -575,6 +576,14 @@ def test_there_is_no_coreset_before_the_search(tmp_path: Path) -> None:
         build(tmp_path).selected_subset()
     with pytest.raises(ValueError, match="`size='pool'` keeps every sample"):
         build(tmp_path, {"size": "pool"}).search()
+
+
+def test_a_loss_of_ones_own_that_the_search_does_not_see_is_said(tmp_path: Path) -> None:
+    def own_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        return F.cross_entropy(outputs["logits"], labels)
+
+    with pytest.warns(UserWarning, match="`compute_loss_func` is not used by the search"):
+        build(tmp_path, trainer_kwargs={"compute_loss_func": own_loss})
 
 
 def test_the_engine_is_a_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
