@@ -64,6 +64,24 @@ class InnerTraining:
         return rows[torch.cat(passes)[:num]].view(self.num_steps, self.batch_size)
 
 
+@contextmanager
+def eager_attention(model: nn.Module) -> Iterator[None]:
+    """Let a model compute attention by plain matrix products, which ``torch.func`` can take.
+
+    Other implementations look at the values of the mask, or have no rule for ``vmap``.
+    """
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    chosen = {key: getattr(config, "_attn_implementation", None) for key, config in configs.items()}
+    changed = [key for key, attention in chosen.items() if attention is not None]
+    for key in changed:
+        configs[key]._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        for key in changed:
+            configs[key]._attn_implementation = chosen[key]
+
+
 class SequentialEngine:
     """Train on one mask after another, with ordinary steps on the model itself; for any model.
 
@@ -244,19 +262,12 @@ class BatchedEngine:
     def restored(self) -> Iterator[None]:
         """Put the model into training mode inside, with attention that vmap can take, and leave it as it was."""
         was_training = self.model.model.training
-        configs = {id(module.config): module.config for module in self.model.modules() if hasattr(module, "config")}
-        attention = {key: getattr(config, "_attn_implementation", None) for key, config in configs.items()}
         self.model.train()
-        for key, config in configs.items():
-            if attention[key] is not None:
-                config._attn_implementation = "eager"  # others look at the mask, or have no rule for vmap
         try:
-            yield
+            with eager_attention(self.model):
+                yield
         finally:
             self.model.model.train(was_training)
-            for key, config in configs.items():
-                if attention[key] is not None:
-                    config._attn_implementation = attention[key]
 
     @property
     def _device(self) -> torch.device:

@@ -235,6 +235,29 @@ def sample_losses_from_logits(model: nn.Module, logits: Tensor, batch: Mapping[s
     return _classification_losses(unwrap(model).config, logits, batch["labels"], 0.0)
 
 
+def class_logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """Compute the logits of rows that have one label each.
+
+    Args:
+        model: A classifier.
+        batch: A collated batch; its labels are not used.
+
+    Returns:
+        ``(n, classes)``, differentiable, in float32 or wider.
+
+    Raises:
+        ValueError: If the model returns something else.
+    """
+    outputs = model(**forward_inputs(model, "", batch))
+    logits = outputs if isinstance(outputs, Tensor) else _logits(outputs)
+    if logits.ndim != 2:
+        raise ValueError(
+            f"`{type(unwrap(model)).__name__}` returns logits of shape {tuple(logits.shape)}; those of a classifier have one row "
+            "for each sample and one column for each class."
+        )
+    return _wide(logits)
+
+
 def unit_losses(
     model: nn.Module,
     batch: Mapping[str, Any],

@@ -260,13 +260,16 @@ class CoresetProbabilities:
     r"""Probabilities of a pool's samples, and the steps of a search for them.
 
     A step clips the gradient's norm, divides its running mean by the root of its running square as Adam does, and projects:
-    see ``coreset_step``. The published analysis is for plain steps; the published results come from these.
+    see ``coreset_step``. The published analysis is for plain steps; the published results come from these. With
+    ``shared_scale`` it divides by one number instead, the spread of the running mean over the samples: for gradients with little
+    noise, whose sizes tell what the samples are worth. Adam would forget that.
 
     Args:
         probabilities: Where to start, ``(n,)``, in [0, 1]. What starts at 0 stays there, and what starts at 1 changes only
             as the size falls: neither has a gradient.
         max_norm: Largest norm of a gradient; longer ones are scaled down to it.
         betas: How much of the running mean and of the running square a step keeps.
+        shared_scale: Whether one number scales all entries of a step.
 
     Attributes:
         probabilities: s, ``(n,)``.
@@ -280,12 +283,17 @@ class CoresetProbabilities:
     """
 
     def __init__(
-        self, probabilities: Tensor, max_norm: float = 3.0, betas: tuple[float, float] = (0.9, 0.999)
+        self,
+        probabilities: Tensor,
+        max_norm: float = 3.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        shared_scale: bool = False,
     ) -> None:
         self.probabilities = probabilities.clone()
         self.num_updates = 0
         self.max_norm = max_norm
         self.betas = betas
+        self.shared_scale = shared_scale
         self._mean = torch.zeros_like(probabilities)
         self._square = torch.zeros_like(probabilities)
 
@@ -308,7 +316,8 @@ class CoresetProbabilities:
                 moment / (1 - beta**self.num_updates)
                 for moment, beta in zip((self._mean, self._square), self.betas, strict=True)
             )
-            direction = mean / (square.sqrt() + 1e-8)
+            scale = mean.std(correction=0) if self.shared_scale else square.sqrt()
+            direction = mean / (scale + 1e-8)
         self.probabilities = coreset_step(self.probabilities, direction, learning_rate, size)
 
     def state_dict(self) -> dict[str, Any]:

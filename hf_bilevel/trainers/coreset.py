@@ -4,9 +4,9 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -36,6 +36,7 @@ from hf_bilevel.inner_training import OPTIMIZERS, BatchedEngine, InnerTraining, 
 from hf_bilevel.losses import UnitLosses, find_head, unit_losses, unsupported_head
 from hf_bilevel.plots import upper_losses_over_search
 from hf_bilevel.subset import SelectedSubset
+from hf_bilevel.tangent_kernel import KernelEngine
 from hf_bilevel.trainers.base import BilevelMixin
 from hf_bilevel.trainers.config import BilevelConfig
 
@@ -47,7 +48,9 @@ NUM_UNIFORM = 10  # uniform draws that the coreset is measured beside
 
 MAX_LOST_STEPS = 10  # outer steps in a row of which nothing is left, before the search gives up
 
-_POOL, _TARGET, _MASKS, _ROWS, _TRAINING, _FINAL, _UNIFORM = range(20, 27)  # tell seeds apart
+_POOL, _TARGET, _MASKS, _ROWS, _TRAINING, _FINAL, _UNIFORM, _KERNEL = range(20, 28)  # tell seeds apart
+
+Engine = SequentialEngine | BatchedEngine | KernelEngine
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +90,10 @@ class CoresetConfig(BilevelConfig):
             best of many noisy losses is lucky, too.
         engine: ``"batched"`` trains on all masks at once, as one model with stacked parameters, ``"sequential"`` on one after
             the other; ``"auto"`` is batched for small models that allow it (see ``hf_bilevel.inner_training.stacking_pays``).
+            ``"kernel"`` trains nothing: the inner problem is kernel ridge regression with the model's tangent kernel, whose upper
+            losses take milliseconds and have exact gradients, so that a search of a few hundred steps takes seconds and settles.
+            For classifiers and pools up to some 10,000; start from ``initial_size=0.5``, see ``CoresetTrainer``.
+        ridge: Of the regression of ``engine="kernel"``, where the kernel is about 1 between a sample and itself.
         search_save_steps: Outer steps between two checkpoints of the search.
         target_batch_size: Rows of one forward pass of the upper loss; None for 256.
         domain_column: See ``BilevelConfig``; only recorded.
@@ -125,7 +132,10 @@ class CoresetConfig(BilevelConfig):
     num_final_masks: int = field(
         default=0, metadata={"help": "Masks drawn at the end, of which the best is taken; 0 for the most probable."}
     )
-    engine: str = field(default="auto", metadata={"help": "How masks are trained on: auto, batched or sequential."})
+    engine: str = field(
+        default="auto", metadata={"help": "How masks are trained on: auto, batched, sequential or kernel."}
+    )
+    ridge: float = field(default=0.1, metadata={"help": "Ridge of the regression with engine=kernel."})
     search_save_steps: int = field(default=50, metadata={"help": "Outer steps between checkpoints of the search."})
 
     _numbers_or_words: ClassVar[dict[str, tuple[type, str]]] = {
@@ -134,7 +144,7 @@ class CoresetConfig(BilevelConfig):
     }
     _choices: ClassVar[dict[str, tuple[str, ...]]] = {
         "inner_optimizer": tuple(sorted(OPTIMIZERS)),
-        "engine": ("auto", "batched", "sequential"),
+        "engine": ("auto", "batched", "sequential", "kernel"),
     }
 
     def __post_init__(self) -> None:
@@ -157,7 +167,7 @@ class CoresetConfig(BilevelConfig):
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
         if self.num_final_masks < 0:
             raise ValueError(f"`num_final_masks` must not be negative, got {self.num_final_masks}.")
-        for name in ("upper_learning_rate", "inner_learning_rate"):
+        for name in ("upper_learning_rate", "inner_learning_rate", "ridge"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"`{name}` must be positive and finite, got {value}.")
@@ -227,12 +237,25 @@ class CoresetMixin(BilevelMixin):
         if self.target_dataset is not None:
             self._check_target_dataset()
         self._check_losses(self.train_dataset)
+        self._warn_about_ignored_settings()
         if self.compute_loss_func is not None and self.compute_sample_losses is None:
             warnings.warn(
                 "`compute_loss_func` is not used by the search, which trains and judges by the loss of the model's head. Pass "
                 "`compute_sample_losses=`, (model, batch) -> losses of shape (n,), for it to see the same loss.",
                 stacklevel=5,
             )
+
+    def _warn_about_ignored_settings(self) -> None:
+        trains = {"inner_steps", "inner_batch_size", "inner_learning_rate", "inner_optimizer", "num_upper_rows"}
+        with_kernel = self.bilevel_config.engine == "kernel"
+        unused = trains if with_kernel else {"ridge"}
+        ignored = [f.name for f in fields(self.bilevel_config) if f.name in unused and self._is_set(f)]
+        if ignored:
+            why = "nothing is trained" if with_kernel else "only `engine='kernel'` fits a regression"
+            warnings.warn(f"Ignored, since {why}: {', '.join(f'`{name}`' for name in ignored)}.", stacklevel=6)
+
+    def _is_set(self, entry: Field) -> bool:
+        return getattr(self.bilevel_config, entry.name) != entry.default
 
     def _selects_rows(self) -> bool:
         return True
@@ -272,7 +295,8 @@ class CoresetMixin(BilevelMixin):
         initial_size = (
             size if self.bilevel_config.initial_size == "size" else self._in_rows(self.bilevel_config.initial_size)
         )
-        progress = _Search(CoresetProbabilities(first_probabilities(len(self.train_dataset), initial_size)))
+        start = first_probabilities(len(self.train_dataset), initial_size)
+        progress = _Search(CoresetProbabilities(start, shared_scale=self.bilevel_config.engine == "kernel"))
         folder = Path(self.args.output_dir) / SEARCH_FOLDER
         if resume_from_checkpoint:
             self._load_search(progress, folder if resume_from_checkpoint is True else Path(resume_from_checkpoint))
@@ -286,9 +310,7 @@ class CoresetMixin(BilevelMixin):
         self._searched_losses = progress.objectives
         return self._subset
 
-    def _run(
-        self, progress: "_Search", engine: SequentialEngine | BatchedEngine, initial_size: int, size: int, folder: Path
-    ) -> None:
+    def _run(self, progress: "_Search", engine: Engine, initial_size: int, size: int, folder: Path) -> None:
         config = self.bilevel_config
         bar = tqdm(
             total=config.outer_steps,
@@ -297,11 +319,10 @@ class CoresetMixin(BilevelMixin):
             disable=self.args.disable_tqdm or not self.is_local_process_zero(),
         )
         with bar, self._counting_outer_steps(progress):
-            while progress.step < config.outer_steps and not progress.is_settled(size):
+            while progress.step < config.outer_steps and not self._is_over(progress, size):
                 step = progress.step
                 masks = self._masks(progress.search.probabilities, config.num_masks, _MASKS, step)
-                losses = self._upper_losses(engine, masks, step, self._upper_rows(engine, step))
-                gradient, _ = policy_gradient(masks, losses, progress.search.probabilities)
+                losses, gradient = self._losses_and_gradient(engine, masks, progress)
                 schedule = search_schedule(step, config.outer_steps, config.upper_learning_rate, initial_size, size)
                 progress.search.step(gradient, *schedule)
                 progress.add(losses)
@@ -321,34 +342,52 @@ class CoresetMixin(BilevelMixin):
         if self._saves_search:
             self._save_search(progress, folder)
 
+    def _is_over(self, progress: "_Search", size: int) -> bool:
+        """Say whether nothing can change any more: a policy gradient is 0 where probabilities are 0 or 1, a difference is not."""
+        return self.bilevel_config.engine != "kernel" and progress.is_settled(size)
+
+    def _losses_and_gradient(self, engine: Engine, masks: Tensor, progress: "_Search") -> tuple[Tensor, Tensor]:
+        probabilities = progress.search.probabilities
+        if isinstance(engine, KernelEngine):
+            found = self._on_all_processes(
+                len(masks), 1 + len(probabilities), partial(_losses_beside_differences, engine, masks)
+            )
+            return found[:, 0], found[:, 1:].mean(0).to(probabilities)
+        losses = self._upper_losses(engine, masks, progress.step, self._upper_rows(engine, progress.step))
+        return losses, policy_gradient(masks, losses, probabilities)[0]
+
     def _masks(self, probabilities: Tensor, num: int, *seed: int) -> Tensor:
         return sample_masks(probabilities, num, torch.Generator().manual_seed(derive_seed(self._seed, *seed)))
 
-    def _upper_rows(self, engine: SequentialEngine | BatchedEngine, step: int) -> Tensor | None:
+    def _upper_rows(self, engine: Engine, step: int) -> Tensor | None:
         wanted = self.bilevel_config.num_upper_rows
         if wanted is None or wanted >= len(engine.upper):
             return None
         generator = torch.Generator().manual_seed(derive_seed(self._seed, _ROWS, step))
         return torch.randperm(len(engine.upper), generator=generator)[:wanted]
 
-    def _upper_losses(
-        self, engine: SequentialEngine | BatchedEngine, masks: Tensor, step: int, upper_rows: Tensor | None = None
-    ) -> Tensor:
-        """Train on the masks, this process on its share, and gather the losses of all."""
-        rank, num_ranks = self.args.process_index, self.args.world_size
-        mine = range(rank, len(masks), num_ranks)
-        seeds = [derive_seed(self._seed, _TRAINING, step, c) for c in mine]
-        losses = torch.full((math.ceil(len(masks) / num_ranks),), torch.nan, dtype=torch.float64)
-        if mine:
-            losses[: len(mine)] = engine.upper_losses(masks[list(mine)], seeds, upper_rows)
-        if num_ranks == 1:
-            return losses
-        gathered = gather(losses.to(self.args.device)).cpu().view(num_ranks, -1)
-        return gathered.T.flatten()[: len(masks)]
+    def _upper_losses(self, engine: Engine, masks: Tensor, step: int, upper_rows: Tensor | None = None) -> Tensor:
+        """Train on the masks and measure what comes out."""
 
-    def _round(
-        self, progress: "_Search", engine: SequentialEngine | BatchedEngine, size: int
-    ) -> tuple[Tensor, dict[str, float]]:
+        def losses(mine: list[int]) -> Tensor:
+            seeds = [derive_seed(self._seed, _TRAINING, step, c) for c in mine]
+            return engine.upper_losses(masks[mine], seeds, upper_rows)[:, None]
+
+        return self._on_all_processes(len(masks), 1, losses)[:, 0]
+
+    def _on_all_processes(self, num: int, width: int, numbers: Callable[[list[int]], Tensor]) -> Tensor:
+        """Ask for numbers of every mask, each process for its share of them, and gather those of all."""
+        rank, num_ranks = self.args.process_index, self.args.world_size
+        mine = list(range(rank, num, num_ranks))
+        found = torch.full((math.ceil(num / num_ranks), width), torch.nan, dtype=torch.float64)
+        if mine:
+            found[: len(mine)] = numbers(mine)
+        if num_ranks == 1:
+            return found
+        gathered = gather(found.to(self.args.device)).cpu().view(num_ranks, -1, width)
+        return gathered.transpose(0, 1).flatten(0, 1)[:num]
+
+    def _round(self, progress: "_Search", engine: Engine, size: int) -> tuple[Tensor, dict[str, float]]:
         """Choose the coreset, and measure it beside uniform draws of its size."""
         probabilities, num = progress.search.probabilities, self.bilevel_config.num_final_masks
         outer_steps = self.bilevel_config.outer_steps
@@ -377,7 +416,7 @@ class CoresetMixin(BilevelMixin):
         return self.args.learning_rate if rate is None else rate
 
     @contextmanager
-    def _engine(self) -> Iterator[SequentialEngine | BatchedEngine]:
+    def _engine(self) -> Iterator[Engine]:
         config, model = self.bilevel_config, self._searched_model()
         model.to(self.args.device)
         rows = {}
@@ -385,6 +424,11 @@ class CoresetMixin(BilevelMixin):
             if dataset is not None:
                 prepared, collator = self._collator_for(dataset)
                 rows[name] = CollatedRows(prepared, collator, self.args.device, derive_seed(self._seed, seed))
+        upper = rows.get("upper", rows["pool"])
+        if config.engine == "kernel":
+            generator = torch.Generator().manual_seed(derive_seed(self._seed, _KERNEL))
+            yield KernelEngine(model, rows["pool"], upper, config.ridge, generator)
+            return
         smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
 
         def losses(model: nn.Module, batch: Any) -> UnitLosses:
@@ -399,7 +443,7 @@ class CoresetMixin(BilevelMixin):
             "training": InnerTraining(
                 config.inner_steps, config.inner_batch_size, self._inner_learning_rate, config.inner_optimizer
             ),
-            "upper": rows.get("upper", rows["pool"]),
+            "upper": upper,
             "upper_batch_size": config.target_batch_size or 256,
             "autocast": self.accelerator.autocast if self.args.bf16 else nullcontext,
         }
@@ -408,7 +452,7 @@ class CoresetMixin(BilevelMixin):
             with engine.restored():
                 yield engine
 
-    def _choose_engine(self, parts: dict[str, Any]) -> SequentialEngine | BatchedEngine:
+    def _choose_engine(self, parts: dict[str, Any]) -> Engine:
         kind = self.bilevel_config.engine
         if kind == "sequential" or kind == "auto" and not stacking_pays(parts["model"], self.args.device):
             return SequentialEngine(**parts)
@@ -599,6 +643,11 @@ class CoresetMixin(BilevelMixin):
         return facts
 
 
+def _losses_beside_differences(engine: KernelEngine, masks: Tensor, mine: list[int]) -> Tensor:
+    losses, differences = engine.losses_and_differences(masks[mine])
+    return torch.cat([losses[:, None], differences], dim=1)
+
+
 class _Search:
     """What a search knows: probabilities, the step it is at, and what has happened."""
 
@@ -686,16 +735,25 @@ class CoresetTrainer(CoresetMixin, Trainer):
     ``train()`` does it once, and trains the model on the coreset with your ``TrainingArguments``, whose epochs are then epochs
     of the coreset.
 
+    With ``engine="kernel"`` no inner model is trained: it is linear in the gradients of the model at its initial weights and
+    fitted by ridge regression, in closed form (``hf_bilevel.tangent_kernel``). The upper loss is then the mean squared distance
+    to one-hot labels, and the gradient, exact but for the masks drawn, comes from what every single sample of the pool changes,
+    those with probability 0 included. For classifiers from random or pretrained weights; with a frozen encoder it is the
+    regression on its features. Start it from ``initial_size=0.5``: what survives from a larger coreset is harder and more
+    diverse than what is best from the start, and a network learns more from it. With 200 steps and 2 masks that is the
+    engine of choice wherever a linear model is a fair picture of the network; otherwise train.
+
     The pool is collated once and kept on the device; augmentation and random masking are drawn once for the search, and anew
     for the training. Losses are those of the model's head, not of a ``compute_loss`` of your own. Inner trainings run in
     float32, or in bfloat16 autocast with ``bf16``.
 
     Cost of an outer step: C trainings of ``inner_steps`` forward and backward passes of about K rows, and C forward passes of the
-    upper rows; at the end one training, or ``num_final_masks``, and ten of uniform draws to compare with. Memory
+    upper rows; at the end one training, or ``num_final_masks``, and ten of uniform draws to compare with. With the kernel three
+    forward and backward passes of the pool and upper rows once, then :math:`O(n k^2)` for each mask of k of n rows. Memory
     beside the pool: the initialisation, gradients and optimizer state; with the batched engine C times that of a training.
     Processes share the masks, with one gather of C numbers a step.
 
-    Logged, with the outer step as step: ``coreset/upper_loss``, the mean over the masks in nats; ``coreset/expected_size``;
+    Logged, with the outer step as step: ``coreset/upper_loss``, the mean over the masks in nats (squared distance with the kernel); ``coreset/expected_size``;
     ``coreset/entropy`` in nats; ``coreset/settled``, the share of probabilities within 0.01 of 0 or 1; ``coreset/num_diverged``,
     inner trainings left out so far. At the end ``coreset/final_upper_loss`` beside ``coreset/uniform_upper_loss_mean`` and
     ``_min`` of ten uniform draws.

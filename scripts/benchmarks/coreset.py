@@ -90,10 +90,11 @@ from hf_bilevel.core.coreset import (
 
 EMBEDDED = ("kcenter", "herding", "hardest")
 CHOOSERS = ("uniform", "balanced", "best20", *EMBEDDED, "greedy", "pbcs")
+TRAINED = "pbcs_trained"
 JUDGED = (*CHOOSERS, "target", "full")  # where there is a target dataset
 ARMS_OF = {
-    "clean": (*CHOOSERS, "full"),
-    "noise20": JUDGED,
+    "clean": (*CHOOSERS, TRAINED, "full"),
+    "noise20": (*JUDGED, TRAINED),
     "pairwise20": JUDGED,
     "imbalance50": JUDGED,
     "transfer": (*CHOOSERS, "full"),
@@ -116,11 +117,15 @@ SNIPPET, TOKENS = 60, 24  # characters and tokens of a row of `text`
 class Settings:
     """How a task is run."""
 
-    search_net: str = "pooled"
-    outer_steps: int = 250
+    search_net: str = "conv"  # whose tangent kernel the search fits
+    outer_steps: int = 200
+    num_masks: int = 2
+    upper_learning_rate: float = 0.05
+    initial_size: float = 0.5
+    trained_net: str = "pooled"  # that pbcs_trained and best20 train
+    trained_outer_steps: int = 250
     inner_steps: int = 20
     inner_learning_rate: float = 1e-2
-    upper_learning_rate: float = 0.05
     final_net: str = "conv"
     final_steps: int = 200
     final_batch: int = 50
@@ -138,17 +143,16 @@ class Settings:
 
 SUMMARY = Settings()
 REPLAY = Settings(
-    search_net="mlp",
-    outer_steps=150,
-    inner_steps=20,
+    search_net="cheap",
+    trained_net="mlp",
     inner_learning_rate=5e-3,
     final_net="cheap",
     final_steps=150,
     final_batch=100,
     num_pool=600,
 )
-PERMUTED = replace(REPLAY, final_net="perceptron", num_pool=1000, num_tasks=10)
-STREAMING = replace(REPLAY, outer_steps=60, final_steps=40, num_pool=500)
+PERMUTED = replace(REPLAY, search_net="perceptron", final_net="perceptron", num_pool=1000, num_tasks=10)
+STREAMING = replace(REPLAY, final_steps=40, num_pool=500)
 SETTINGS_OF = {
     **dict.fromkeys(("clean", "noise20", "pairwise20", "imbalance50"), SUMMARY),
     "transfer": replace(SUMMARY, final_net="mlp"),
@@ -157,9 +161,8 @@ SETTINGS_OF = {
     **dict.fromkeys(("streaming", "streaming_noise"), STREAMING),
     "pixels": replace(
         SUMMARY,
-        search_net="mlp",
         final_net="mlp",
-        outer_steps=300,
+        trained_outer_steps=300,
         inner_steps=60,
         inner_learning_rate=5e-3,
         final_batch=100,
@@ -169,7 +172,7 @@ SETTINGS_OF = {
     "text": replace(
         SUMMARY,
         search_net="probe",
-        outer_steps=500,
+        trained_net="probe",
         final_net="minilm",
         inner_steps=40,
         final_steps=35,
@@ -180,6 +183,7 @@ SETTINGS_OF = {
 }
 SMOKE = {
     "outer_steps": 3,
+    "trained_outer_steps": 3,
     "inner_steps": 2,
     "final_steps": 3,
     "inits": 1,
@@ -448,14 +452,14 @@ def choose(arm: str, problem: Problem) -> Tensor:
         return controls.greedy(kernel, problem.labels, size, judge_kernel, judge_labels)[0]
     if arm == "full":
         return torch.arange(num)
-    return search(problem)
+    return search(problem, trains=arm == "pbcs_trained")
 
 
 def upper_loss(problem: Problem, ids: Tensor) -> float:
-    """Train the search net on a coreset as the search does, and judge it."""
+    """Train a net on a coreset as pbcs_trained does, and judge it."""
     settings = problem.settings
     torch.manual_seed(problem.seed)
-    net = make_net(settings.search_net).to(settings.device)
+    net = make_net(settings.trained_net).to(settings.device)
     data = problem.inputs[ids].to(settings.device), problem.labels[ids].to(settings.device)
     fit(net, *data, settings.inner_steps, len(ids), settings.inner_learning_rate, problem.seed)
     judge, labels = problem.judge
@@ -466,9 +470,25 @@ def sample_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return F.cross_entropy(model(batch["inputs"]), batch["labels"], reduction="none")
 
 
-def search(problem: Problem) -> Tensor:
-    """Let CoresetTrainer choose."""
+def search(problem: Problem, trains: bool) -> Tensor:
+    """Let CoresetTrainer choose, with the tangent kernel or with inner trainings."""
     settings = problem.settings
+    config = CoresetConfig(
+        size=problem.size,
+        upper_learning_rate=settings.upper_learning_rate,
+        engine="kernel",
+        outer_steps=settings.outer_steps,
+        num_masks=settings.num_masks,
+        initial_size=max(settings.initial_size, problem.size / len(problem.labels)),
+    )
+    if trains:
+        config = CoresetConfig(
+            size=problem.size,
+            upper_learning_rate=settings.upper_learning_rate,
+            outer_steps=settings.trained_outer_steps,
+            inner_steps=settings.inner_steps,
+            inner_learning_rate=settings.inner_learning_rate,
+        )
 
     def rows(inputs: Tensor, labels: Tensor) -> list[dict]:
         return [{"inputs": x, "labels": y} for x, y in zip(inputs, labels.tolist(), strict=True)]
@@ -476,11 +496,11 @@ def search(problem: Problem) -> Tensor:
     torch.manual_seed(problem.seed)
     with tempfile.TemporaryDirectory() as folder:
         trainer = CoresetTrainer(
-            model=make_net(settings.search_net),
+            model=make_net(settings.trained_net if trains else settings.search_net),
             args=TrainingArguments(
                 folder,
                 save_strategy="no",
-                logging_steps=settings.outer_steps,
+                logging_strategy="no",
                 remove_unused_columns=False,
                 disable_tqdm=True,
                 report_to="none",
@@ -489,13 +509,7 @@ def search(problem: Problem) -> Tensor:
             ),
             train_dataset=rows(problem.inputs, problem.labels),
             target_dataset=None if problem.target is None else rows(*problem.target),
-            bilevel_config=CoresetConfig(
-                size=problem.size,
-                outer_steps=settings.outer_steps,
-                inner_steps=settings.inner_steps,
-                inner_learning_rate=settings.inner_learning_rate,
-                upper_learning_rate=settings.upper_learning_rate,
-            ),
+            bilevel_config=config,
             compute_sample_losses=sample_losses,
         )
         trainer.remove_callback(PrinterCallback)
@@ -689,10 +703,10 @@ def choose_pixels(arm: str, data: Data, seed: int, settings: Settings) -> Tensor
     if arm == "full":
         return torch.arange(num)
     pixels = CoresetProbabilities(torch.full((num,), settings.size / num))
-    for step in range(settings.outer_steps):
+    for step in range(settings.trained_outer_steps):
         masks = sample_masks(pixels.probabilities, 5, generator)
         gradient, _ = policy_gradient(masks, losses(masks), pixels.probabilities)
-        rate = settings.upper_learning_rate * cosine_decay(step, settings.outer_steps)
+        rate = settings.upper_learning_rate * cosine_decay(step, settings.trained_outer_steps)
         pixels.step(gradient, rate, settings.size)
     mask, _ = best_sampled_mask(pixels.probabilities, settings.size, 10, losses, generator)
     return mask.nonzero().flatten()
@@ -779,11 +793,11 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--first_seed", type=int, default=0)
     parser.add_argument("--output", default=None, help="a file there keeps its rows of other tasks, arms and seeds")
     overrides = parser.add_argument_group("settings of all tasks of this run, instead of those in the script")
-    for name in ("outer_steps", "inner_steps", "final_steps", "inits"):
+    for name in ("outer_steps", "trained_outer_steps", "inner_steps", "final_steps", "inits"):
         overrides.add_argument(f"--{name}", type=int)
     for name in ("inner_learning_rate", "upper_learning_rate"):
         overrides.add_argument(f"--{name}", type=float)
-    for name in ("search_net", "final_net"):
+    for name in ("search_net", "trained_net", "final_net"):
         overrides.add_argument(f"--{name}", choices=["conv", "pooled", "cheap", "mlp", "perceptron"])
     overrides.add_argument("--device", help="cpu, or cuda")
     options = parser.parse_args(argv)

@@ -14,9 +14,11 @@ from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainerCallback, set_seed
 
 from hf_bilevel import CoresetConfig, CoresetTrainer, SelectedSubset
+from hf_bilevel.core.coreset import coreset_step
 from hf_bilevel.inner_training import BatchedEngine, SequentialEngine
 from hf_bilevel.trainers import coreset as module
 
+TRAINS = ("inner_steps", "inner_batch_size", "num_upper_rows")  # of no use with the kernel
 FAST = {"size": 12, "outer_steps": 4, "inner_steps": 2, "num_masks": 3, "num_final_masks": 2}
 
 
@@ -60,7 +62,10 @@ def points_trainer(folder: Path, pool: Dataset, config: dict[str, Any], **kwargs
 
 
 def build(folder: Path, settings: dict[str, Any] | None = None, name: str = "vit", **kwargs: Any) -> CoresetTrainer:
-    extra = {"bilevel_config": CoresetConfig(**{**FAST, **(settings or {})}), **kwargs.pop("trainer_kwargs", {})}
+    settings = {**FAST, **(settings or {})}
+    if settings.get("engine") == "kernel":
+        settings = {key: value for key, value in settings.items() if key not in TRAINS}
+    extra = {"bilevel_config": CoresetConfig(**settings), **kwargs.pop("trainer_kwargs", {})}
     return make_trainer(CoresetTrainer, name, folder, trainer_kwargs=extra, **kwargs)
 
 
@@ -106,6 +111,32 @@ def test_wrong_labels_are_left_out(engine: str, tmp_path: Path) -> None:
     assert wrong.float().mean() > 0.2 and wrong[subset.ids].float().mean() < wrong.float().mean() / 2
     controls = subset.facts["controls"]["uniform"]["upper_loss"]
     assert subset.facts["metrics"]["upper_loss"] < 0.9 * controls
+
+
+def test_the_kernel_leaves_wrong_labels_out(tmp_path: Path) -> None:
+    pool, target = make_points(80, seed=3, wrong=0.3), make_points(40, seed=2)
+    config = {"size": 0.25, "outer_steps": 60, "num_masks": 2, "engine": "kernel"}
+    for initial_size in ("size", 0.5):
+        trainer = points_trainer(tmp_path, pool, {**config, "initial_size": initial_size}, target_dataset=target)
+        subset = trainer.search()
+        assert len(subset) == 20 and not torch.tensor(pool["wrong"])[subset.ids].any()
+        controls = subset.facts["controls"]["uniform"]["upper_loss"]
+        assert subset.facts["metrics"]["upper_loss"] < 0.6 * controls
+
+
+def test_the_kernel_takes_one_step_by_hand(tmp_path: Path) -> None:
+    pool, target = make_points(20, seed=3, wrong=0.3), make_points(10, seed=2)
+    config = {"size": 6, "outer_steps": 1, "num_masks": 3, "engine": "kernel", "ridge": 0.3}
+    trainer = points_trainer(tmp_path, pool, config, target_dataset=target)
+    drawn = []
+    masks = trainer._masks
+    trainer._masks = lambda *args: drawn.append(masks(*args)) or drawn[-1]
+    subset = trainer.search()
+    with trainer._engine() as engine:
+        _, differences = engine.losses_and_differences(drawn[0])
+    mean = differences.mean(0).float()
+    stepped = coreset_step(torch.full((20,), 0.3), mean / mean.std(correction=0), 0.05, 6)
+    torch.testing.assert_close(subset.probabilities, stepped[subset.ids], rtol=1e-4, atol=1e-5)
 
 
 def test_the_upper_loss_is_on_the_pool_or_on_the_target(tmp_path: Path) -> None:
@@ -168,7 +199,7 @@ def test_a_smaller_model_may_search_for_a_larger_one(tmp_path: Path) -> None:
 # A search leaves no trace but the coreset
 
 
-@pytest.mark.parametrize("engine", ["sequential", "batched"])
+@pytest.mark.parametrize("engine", ["sequential", "batched", "kernel"])
 def test_the_search_leaves_everything_as_it_was(engine: str, tmp_path: Path) -> None:
     trainer = build(tmp_path, {"engine": engine}, dropout=0.2)
     pool = trainer.train_dataset
@@ -375,6 +406,26 @@ def test_batch_statistics_need_the_sequential_engine(tmp_path: Path) -> None:
     assert all(torch.equal(value, before[key]) for key, value in trainer.model.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"engine": "kernel", "inner_steps": 3, "num_upper_rows": 4},
+            "nothing is trained: `inner_steps`, `num_upper_rows`",
+        ),
+        ({"ridge": 0.5}, "only `engine='kernel'` fits a regression: `ridge`"),
+    ],
+)
+def test_settings_of_another_engine_are_warned_about(settings: dict, message: str, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=message):
+        points_trainer(tmp_path, make_points(20, seed=3), {"size": 5, **settings})
+
+
+def test_the_kernel_is_for_classifiers(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Use another engine|one row for each sample"):
+        build(tmp_path, {"engine": "kernel"}, name="llama").search()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Interruptions
 
@@ -406,7 +457,7 @@ def interrupted(folder: Path, settings: dict[str, Any], **kwargs: Any) -> None:
     assert torch.equal(parameters_of(trainer), before) and trainer.state.global_step == 0
 
 
-@pytest.mark.parametrize("engine", ["sequential", "batched"])
+@pytest.mark.parametrize("engine", ["sequential", "batched", "kernel"])
 def test_a_resumed_search_is_the_uninterrupted_one(engine: str, tmp_path: Path) -> None:
     settings = {**RESUMABLE, "engine": engine, "inner_batch_size": 4, "num_upper_rows": 20}
     whole = build(tmp_path / "whole", settings, dropout=0.2)
@@ -416,8 +467,8 @@ def test_a_resumed_search_is_the_uninterrupted_one(engine: str, tmp_path: Path) 
     with torch.no_grad():
         other.classifier.weight.add_(1.0)  # a head drawn anew by another process
     again = build(tmp_path / "part", settings, model=other)
-    steps, upper_rows = [], again._upper_rows
-    again._upper_rows = lambda engine, step: steps.append(step) or upper_rows(engine, step)
+    steps, take_step = [], again._losses_and_gradient
+    again._losses_and_gradient = lambda *args: steps.append(args[2].step) or take_step(*args)
     resumed = again.search(resume_from_checkpoint=True)
     assert steps == [4, 5]  # saved at 4, interrupted after 5
     assert same(resumed, expected) and resumed.facts["search"] == expected.facts["search"]
