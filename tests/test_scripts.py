@@ -56,6 +56,11 @@ def test_quickstart(script, tmp_path: Path, capsys: pytest.CaptureFixture) -> No
         ("estimators", "relative_rms/one_sided/48 bias/naive/4"),
         ("mixture", "perplexity/blended/stratified weight/blended/penalty_5/manual"),
         ("coreset_speed", "search_speedup batched_speedup growth/pbcs growth/greedy projection_seconds"),
+        pytest.param(
+            "domain_shift",
+            "perplexity/base perplexity_same_cost/blade log_ratio/blade_over_static off_target_share/bros",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_benchmark_smoke(script, name: str, keys: str, tmp_path: Path) -> None:
