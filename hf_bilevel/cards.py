@@ -2,7 +2,10 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,10 @@ from huggingface_hub import DatasetCardData
 from huggingface_hub.utils import validate_repo_id
 from markupsafe import Markup
 
-TEMPLATE = Path(__file__).parent / "templates" / "dataset_card.md.jinja"
+TEMPLATES = Path(__file__).parent / "templates"
+DATASET_TEMPLATE, MODEL_TEMPLATE = "dataset_card.md.jinja", "model_section.md.jinja"
+
+Results = Mapping[str, Mapping[str, float | Sequence[float]]]
 
 ROWS_PATH, SELECTION_PATH = "data/train-00000-of-00001.parquet", "subset.parquet"
 
@@ -44,46 +50,140 @@ def escape_markdown(value: Any) -> str:
     return re.sub(r"(?<![^\W_])_|_(?![^\W_])|[^\w .,/+=%()'-]", lambda match: f"&#{ord(match[0])};", text)
 
 
-def mixture_section(
-    shares: Mapping[str, float], mixture: Mapping[str, float], inner_steps: int, picture: str | None
-) -> str:
-    """Write what was learned about the domains.
+@dataclass(frozen=True)
+class MethodSection:
+    """What a method says of a run, for its section of the model card. ``about``, ``paper`` and ``limit`` are ours, and Markdown.
 
     Args:
-        shares: Share of every domain in the pool; empty where it is not known (streams).
-        mixture: Learned weight of every domain.
-        inner_steps: Optimizer steps between two updates of the weights.
-        picture: File name of the picture of the weights over time, beside the card; None without one.
+        title: Heading of the section.
+        about: What was done, to follow the name of the trainer: ``", ..."`` or ``"."``, to the end of the sentence.
+        paper: Where the method is from.
+        limit: What the outcome does not show, as one sentence.
+        statistics: What came out, by what it is called.
+        columns: Head of a table of what came out; empty without one.
+        rows: Its rows.
+        plots: What to draw: from file names to a description and a function that makes a matplotlib figure.
+    """
+
+    title: str
+    about: str
+    paper: str
+    limit: str
+    statistics: Mapping[str, str] = field(default_factory=dict)
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    plots: Mapping[str, tuple[str, Callable[[], Any]]] = field(default_factory=dict)
+
+
+def model_section(
+    method: MethodSection,
+    facts: Mapping[str, Any],
+    *,
+    settings: Mapping[str, tuple[Any, Any]],
+    cost: Mapping[str, str],
+    pictures: Mapping[str, str],
+    results: Results | None = None,
+    command: str | None = None,
+) -> str:
+    """Write the section of a model card that says which data a model was trained on, and why.
+
+    Args:
+        method: What the method says.
+        facts: ``bilevel_facts`` of the trainer; beside them ``"pool"`` and ``"target"``, of each the keys ``source``,
+            ``name``, ``revision``, ``version`` and ``fingerprint`` where they are known.
+        settings: Those that differ from the defaults: value and default.
+        cost: What the run cost, by what it is called.
+        pictures: Files beside the card, with descriptions.
+        results: Arm -> metric -> value, or one value for each of several runs; see ``check_results``.
+        command: What starts the run again.
 
     Returns:
-        Markdown.
+        Markdown, from its heading on.
 
     Example:
-        >>> print(mixture_section({"web": 0.9, "books": 0.1}, {"web": 0.4, "books": 0.6}, 50, None))
+        >>> method = MethodSection("Learned mixture", ", the weights moving every 50 optimizer steps.", "A paper.", "A limit.",
+        ...                        columns=["domain", "learned weight"], rows=[["books", "0.600"], ["web", "0.400"]])
+        >>> section = model_section(method, {"trainer": "MixtureTrainer", "num_pool": 1000}, settings={"penalty": (2.0, 1.0)},
+        ...                         cost={"Optimizer steps": "400"}, pictures={},
+        ...                         results={"learned": {"accuracy": [0.8, 0.9]}, "all data": {"accuracy": 0.7}})
+        >>> print(section[: section.index("### Cost")])
         ## Learned mixture
         <BLANKLINE>
-        Learned by hf_bilevel's `MixtureTrainer`, the weights moving every 50 optimizer steps.
+        Trained with hf_bilevel's `MixtureTrainer`, the weights moving every 50 optimizer steps.
         <BLANKLINE>
-        | domain | share of the pool | learned weight |
+        Method: A paper.
+        <BLANKLINE>
+        | | |
+        |---|---|
+        | Rows of the pool | 1,000 |
+        <BLANKLINE>
+        | setting | value | default |
         |---|---|---|
-        | books | 0.100 | 0.600 |
-        | web | 0.900 | 0.400 |
+        | penalty | 2 | 1 |
+        <BLANKLINE>
+        ### Outcome
+        <BLANKLINE>
+        | domain | learned weight |
+        |---|---|
+        | books | 0.600 |
+        | web | 0.400 |
+        <BLANKLINE>
+        ### Results
+        <BLANKLINE>
+        | arm | accuracy |
+        |---|---|
+        | learned | 0.85 ± 0.07071 |
+        | all data | 0.7 |
+        <BLANKLINE>
+        Mean ± standard deviation over 2 runs.
+        <BLANKLINE>
         <BLANKLINE>
     """
-    lines = [
-        "## Learned mixture",
-        "",
-        f"Learned by hf_bilevel's `MixtureTrainer`, the weights moving every {inner_steps} optimizer steps.",
-        "",
-        "| domain | share of the pool | learned weight |",
-        "|---|---|---|",
-    ]
-    for name, weight in sorted(mixture.items(), key=lambda pair: -pair[1]):
-        share = f"{shares[name]:.3f}" if name in shares else ""
-        lines.append(f"| {escape_markdown(name)} | {share} | {weight:.3f} |")
-    if picture is not None:
-        lines += ["", f"![Weight of every domain over the optimizer steps]({picture})"]
-    return "\n".join([*lines, ""])
+    results = results or {}
+    check_results(results)
+    metrics = list(dict.fromkeys(metric for values in results.values() for metric in values))
+    rows = [[arm, *(_measured(values.get(metric)) for metric in metrics)] for arm, values in results.items()]
+    numbers = {len(v) for values in results.values() for v in values.values() if isinstance(v, Sequence)} - {1}
+    return _render(
+        MODEL_TEMPLATE,
+        method=replace(method, **{name: Markup(getattr(method, name)) for name in ("about", "paper", "limit")}),
+        trainer=Markup(facts["trainer"]),
+        origin=_origin(facts),
+        settings=[(name, _short(value), _short(default)) for name, (value, default) in settings.items()],
+        pictures=pictures,
+        metrics=["arm", *metrics],
+        results=rows,
+        num_runs=Markup(" or ".join(map(str, sorted(numbers)))),
+        has_controls=len(results) > 1,
+        cost=list(cost.items()),
+        command=None if command is None else Markup(_code_block(command)),
+    )
+
+
+def check_results(results: Any) -> None:
+    """Refuse results that no table can be made of.
+
+    Args:
+        results: Should be a mapping from arms to mappings from metrics to numbers, or to one number for each of several runs.
+
+    Raises:
+        TypeError: If it is not.
+
+    Example:
+        >>> check_results({"learned": {"accuracy": [0.8, 0.9]}, "all data": {"accuracy": 0.7}})
+        >>> check_results({"accuracy": 0.7})
+        Traceback (most recent call last):
+        TypeError: `results` must be {arm: {metric: number or one number for each run}}; for 'accuracy' it holds 0.7.
+    """
+    for arm, values in results.items() if isinstance(results, Mapping) else [("all arms", results)]:
+        numbers = list(values.values()) if isinstance(values, Mapping) else [None]
+        for number in numbers:
+            listed = list(number) if isinstance(number, Sequence) and len(number) else [number]
+            if not all(isinstance(entry, Real) and not isinstance(entry, bool) for entry in listed):
+                raise TypeError(
+                    "`results` must be {arm: {metric: number or one number for each run}}; for "
+                    f"{arm!r} it holds {values!r}."
+                )
 
 
 def dataset_card(
@@ -150,10 +250,8 @@ def dataset_card(
         configs=configs,
     )
     metrics, results = _results(facts.get("metrics") or {}, facts.get("controls") or {})
-    environment = jinja2.Environment(
-        finalize=escape_markdown, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
-    )
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    return _render(
+        DATASET_TEMPLATE,
         header=Markup(header.to_yaml()),
         name=Markup(name),
         repo_id=Markup(repo_id),
@@ -170,6 +268,50 @@ def dataset_card(
         has_controls=bool(facts.get("controls")),
         pictures=pictures,
     )
+
+
+def _render(template: str, **values: Any) -> str:
+    """Fill in a template; what is no ``Markup`` is escaped."""
+    environment = jinja2.Environment(
+        finalize=escape_markdown, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.from_string((TEMPLATES / template).read_text(encoding="utf-8")).render(values)
+
+
+def _origin(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """List what is known about the data of a run; what is not known is left out."""
+    pool, target = facts.get("pool") or {}, facts.get("target") or {}
+    num_pool, num_target = facts.get("num_pool"), facts.get("num_target")
+    entries = {
+        "Rows of the pool": None if num_pool is None else f"{num_pool:,}",
+        "Pool": pool.get("source") or pool.get("name"),
+        "Revision of the pool": pool.get("revision"),
+        "Version of the pool": pool.get("version"),
+        "Fingerprint of the pool": pool.get("fingerprint"),
+        "Rows of the target dataset": None if num_target is None else f"{num_target:,}",
+        "Target dataset": target.get("source") or target.get("name"),
+        "Revision of the target dataset": target.get("revision"),
+        "Fingerprint of the target dataset": target.get("fingerprint"),
+        "Seed": facts.get("seed"),
+        "Processes": facts.get("world_size"),
+        "Versions": facts.get("versions"),
+    }
+    return [(label, _short(value)) for label, value in entries.items() if value is not None]
+
+
+def _measured(value: float | Sequence[float] | None) -> str | Markup:
+    if value is None:
+        return ""
+    values = list(value) if isinstance(value, Sequence) else [value]
+    if len(values) == 1:
+        return _short(float(values[0]))
+    return Markup(f"{_short(statistics.fmean(values))} ± {_short(statistics.stdev(values))}")
+
+
+def _code_block(text: str) -> str:
+    """Fence text so that nothing in it ends the block."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}bash\n{text.strip()}\n{fence}"
 
 
 def _selection(

@@ -210,7 +210,7 @@ def _pick(value: Any, indices: list[int], num_rows: int, path: str) -> Any:
             raise ValueError(
                 f"`{path}` has {len(value)} rows where the batch has {num_rows} samples, so rows cannot be selected. "
                 "Padding-free and flattened batches hold several samples in a row: use a padding collator (for "
-                "SFTTrainer `padding_free=False`), or select tokens (`granularity='token'`)."
+                "SFTTrainer `padding_free=False` and no packing)."
             )
         return value[indices]
     if isinstance(value, Mapping):

@@ -1,6 +1,6 @@
 """Pictures of what was learned, for READMEs and cards. All of them need matplotlib."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,9 +74,43 @@ def domain_weights_over_time(steps: list[int], weights: list[list[float]], names
     axes.set_ylim(0, None)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("domain weight")
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
+    _name_lines(axes)
     return figure
+
+
+def lines_over_steps(lines: Mapping[str, tuple[Sequence[int], Sequence[float]]], label: str) -> Any:
+    """Draw values over the optimizer steps of a run.
+
+    Args:
+        lines: Steps and values of every line, by its name; the twelve that end largest are named in the picture.
+        label: What the values are.
+
+    Returns:
+        A matplotlib figure.
+    """
+    figure = _new_figure(7, 3.4)
+    from matplotlib import colormaps
+
+    axes = figure.subplots()
+    order = sorted(lines, key=lambda name: -lines[name][1][-1])
+    for place, name in enumerate(order):
+        named = place < 12
+        colour = colormaps["tab10" if len(order) <= 10 else "tab20"](place) if named else "#bbbbbb"
+        text = _short(name) if named else None
+        axes.plot(*lines[name], color=colour, label=text, lw=1.8 if named else 0.8)
+    axes.set_xlim(0, None)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel(label)
+    _name_lines(axes)
+    return figure
+
+
+def _name_lines(axes: Any) -> None:
+    """Put the names of lines to the right of them, none taken for a formula."""
+    legend = axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def upper_losses_over_search(losses: Sequence[float], uniform_mean: float | None, found: float | None) -> Any:

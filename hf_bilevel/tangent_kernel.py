@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from hf_bilevel.core.kernel_ridge import KernelRidge
 from hf_bilevel.data import CollatedRows
@@ -18,6 +19,8 @@ NUM_DRAWS = 3  # random combinations of the logits whose gradients make the kern
 BLOCK_NUMBERS = 2**28  # entries of the gradients that are held at once, 1 GiB in float32
 MANY_BLOCKS = 8
 MAX_ROWS = 30_000  # of the pool: two matrices of 7 GB
+
+_REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError, UserWarning)  # of a model by vmap
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +42,7 @@ class KernelEngine:
         upper: Rows that the upper loss is measured on; the same object as the pool for the pool.
         ridge: Of the regression, positive, in units of the kernel's diagonal.
         generator: Of the combinations of logits, on the CPU.
+        show_progress: Whether to show a bar while the kernel is computed.
 
     Raises:
         ValueError: If there is not one integer label for each row, within the classes of the model; a gradient is not finite;
@@ -50,7 +54,13 @@ class KernelEngine:
     """
 
     def __init__(
-        self, model: nn.Module, pool: CollatedRows, upper: CollatedRows, ridge: float, generator: torch.Generator
+        self,
+        model: nn.Module,
+        pool: CollatedRows,
+        upper: CollatedRows,
+        ridge: float,
+        generator: torch.Generator,
+        show_progress: bool = False,
     ) -> None:
         self.model, self.pool, self.upper = model, pool, upper
         self._logits = _Logits(model)
@@ -67,6 +77,7 @@ class KernelEngine:
             num_classes = class_logits(model, pool.take(torch.tensor([0]))).shape[1]
             targets = [_one_hot(rows.batch["labels"], num_classes, name) for rows, name in self._named_rows()]
             self._combinations = torch.randn(NUM_DRAWS, num_classes, generator=generator).to(self._device)
+        self._shows_progress = show_progress
         kernel, upper_kernel = self._kernels()
         self._problem = KernelRidge(kernel, targets[0], upper_kernel, targets[-1], ridge)
 
@@ -99,8 +110,10 @@ class KernelEngine:
             )
         kernel = torch.zeros(len(self.pool), len(self.pool), dtype=torch.float64, device=self._device)
         upper_kernel = torch.zeros(len(self.upper), len(self.pool), dtype=torch.float64, device=self._device)
-        for combination in self._combinations:
-            for number, block in enumerate(blocks):
+        steps = [(c, number) for c in self._combinations for number in range(len(blocks))]
+        with tqdm(total=len(steps), desc="Tangent kernel", disable=not self._shows_progress) as bar:
+            for combination, number in steps:
+                block = blocks[number]
                 gradients = self._gradients(self.pool, block, combination)
                 self._add(kernel, block, block, gradients @ gradients.T)
                 for other in blocks[number + 1 :]:
@@ -110,6 +123,7 @@ class KernelEngine:
                 for other in upper_blocks if self.upper is not self.pool else ():
                     products = self._gradients(self.upper, other, combination) @ gradients.T
                     self._add(upper_kernel, other, block, products)
+                bar.update()
         return kernel, kernel if self.upper is self.pool else upper_kernel
 
     @staticmethod
@@ -121,13 +135,7 @@ class KernelEngine:
         if not self._goes_row_by_row:
             try:
                 return self._gradients_at_once(rows.take(block), combination)
-            except (
-                RuntimeError,
-                ValueError,
-                TypeError,
-                AttributeError,
-                UserWarning,
-            ) as error:  # vmap refuses in all these ways
+            except _REFUSALS as error:
                 logger.info("The tangent kernel is computed row by row: %s", error)
                 self._goes_row_by_row = True
         return torch.stack([self._gradient(rows.take(row[None]), combination) for row in block])

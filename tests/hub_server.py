@@ -93,6 +93,25 @@ def validate_card(content: str) -> list[str]:
     return errors
 
 
+def validate_model_card(content: str) -> list[str]:
+    """The same for the keys that the Trainer writes into the header of a model card."""
+    match = re.match(r"^---\n(.*?)\n---\n", content, re.DOTALL)
+    if match is None:
+        return ["there is no YAML header"]
+    header = yaml.safe_load(match[1])
+    lists, texts = (
+        {"datasets", "language", "metrics", "tags"},
+        {"base_model", "library_name", "license", "pipeline_tag"},
+    )
+    errors = [f"unknown key {key}" for key in set(header) - lists - texts - {"model-index"}]
+    errors += [f"{key} {header[key]!r}" for key in texts & set(header) if not isinstance(header[key], str)]
+    errors += [f"{key} {e!r}" for key in lists & set(header) for e in header[key] if not isinstance(e, str)]
+    for entry in header.get("model-index", []):
+        if set(entry) != {"name", "results"} or not isinstance(entry["name"], str):
+            errors.append(f"model-index {entry!r}")
+    return errors
+
+
 class Handler(BaseHTTPRequestHandler):
     server: Hub
     protocol_version = "HTTP/1.1"
@@ -197,7 +216,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def validate(self, body: bytes) -> None:
         given = json.loads(body)
-        errors = validate_card(given["content"])
+        rules = validate_model_card if given["repoType"] == "model" else validate_card
+        errors = rules(given["content"])
         answer = {"errors": [{"message": error} for error in errors], "warnings": []}
         self.send(400 if errors else 200, answer)
 

@@ -11,7 +11,7 @@ from huggingface_hub import DatasetCard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_bilevel.cards import dataset_card, escape_markdown, mixture_section
+from hf_bilevel.cards import dataset_card, escape_markdown
 
 FACTS: dict[str, Any] = {
     "method": "bros",
@@ -181,8 +181,3 @@ def test_long_values_are_cut() -> None:
     facts = {"config": {"names": [f"name {i}" for i in range(1000)]}}
     cell = dict(table_after(dataset_card("me/x", facts, **{**WHOLE, "pictures": {}}), "| setting | value |"))["names"]
     assert cell.startswith("name 0, name 1,") and len(html.unescape(cell)) == 200 and html.unescape(cell)[-1] == "…"
-
-
-def test_the_mixture_section_escapes_names() -> None:
-    section = mixture_section({"a|b": 1.0}, {"a|b": 1.0}, 5, None)
-    assert "| a&#124;b | 1.000 | 1.000 |" in section

@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from hf_bilevel.plots import domain_shares, domain_weights_over_time, kept_against_dropped, weights_histogram
+from hf_bilevel.plots import (
+    domain_shares,
+    domain_weights_over_time,
+    kept_against_dropped,
+    lines_over_steps,
+    weights_histogram,
+)
 
 
 def heights(figure: Any) -> list[list[float]]:
@@ -88,3 +94,18 @@ def test_plots_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     for call in calls:
         with pytest.raises(ImportError, match="Plots need matplotlib: `pip install matplotlib`"):
             call()
+
+
+def test_lines_are_named_from_the_largest_end_on(tmp_path: Path) -> None:
+    lines = {f"$\\frac${i}": ([10, 20], [0.0, float(i)]) for i in range(13)}
+    figure = lines_over_steps(lines, "loss")
+    axes = figure.axes[0]
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names == [f"$\\frac${i}" for i in range(12, 0, -1)]
+    assert [line.get_ydata()[-1] for line in axes.get_lines()] == list(range(12, -1, -1))
+    figure.savefig(tmp_path / "a.png")  # as formulas the names would be errors here
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("optimizer step", "loss")
+
+
+def test_names_of_domains_are_no_formulas_over_time(tmp_path: Path) -> None:
+    domain_weights_over_time([0, 5], [[0.5, 0.5], [0.1, 0.9]], ["$\\frac$", "b"], 10).savefig(tmp_path / "a.png")

@@ -44,6 +44,34 @@ def test_quickstart(script, tmp_path: Path, capsys: pytest.CaptureFixture) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The subspaces of")  # too few steps to learn anything
+def test_model_cards(script, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    module = script("model_cards")
+    reports = module.main(["--smoke", "--output", str(tmp_path)])
+    methods = {
+        "digits_blade": "BLADE",
+        "digits_bros": "BROS",
+        "digits_coreset": "coreset",
+        "text_mixture": "learned mixture",
+    }
+    assert reports.keys() == methods.keys()
+    for name, arm in methods.items():
+        card = (tmp_path / name / "README.md").read_text(encoding="utf-8")
+        report = json.loads((tmp_path / name / "results.json").read_text())
+        assert report == json.loads(json.dumps(reports[name]))
+        arms = {row["arm"] for row in report["rows"]}
+        assert {arm, "all data"} < arms and all(f"| {other} | " in card for other in arms)
+        assert f"--runs {name} --seeds 1 --smoke" in card and "No controls are recorded" not in card
+        written = {path.name for path in (tmp_path / name).iterdir()}
+        pictures = {path for path in written if path.endswith(".png")}
+        assert pictures and written == {"README.md", "results.json", *pictures}
+        assert all(f"]({path})" in card and (tmp_path / name / path).stat().st_size < 100_000 for path in pictures)
+    with pytest.raises(SystemExit):
+        module.main(["--runs", "digits_blade,nothing"])
+    assert "unknown runs ['nothing']" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "keys"),
     [

@@ -10,18 +10,25 @@ from transformers import TrainingArguments
 
 from hf_bilevel.commands.arguments import DataArguments, ModelArguments, RunArguments
 from hf_bilevel.commands.sources import AnyDataset
-from hf_bilevel.core.mixture import optimal_inner_steps
-from hf_bilevel.core.selection import num_selected, synchronisation_schedule
+from hf_bilevel.core.selection import num_selected
 from hf_bilevel.derivatives import LowerBlocks
 from hf_bilevel.losses import LM_HEADS, find_head
+from hf_bilevel.tangent_kernel import NUM_DRAWS
 from hf_bilevel.trainers.blade import BladeConfig
 from hf_bilevel.trainers.bros import BrosConfig
 from hf_bilevel.trainers.config import BilevelConfig
-from hf_bilevel.trainers.coreset import CoresetConfig
+from hf_bilevel.trainers.coreset import NUM_UNIFORM, CoresetConfig
+from hf_bilevel.trainers.cost import (
+    TRAINING,
+    Load,
+    blade_passes,
+    bros_passes,
+    mixture_passes,
+    reference_schedule,
+    update_schedule,
+)
 from hf_bilevel.trainers.mixture import MixtureConfig
 from hf_bilevel.trainers.reference import is_peft_model
-
-TRAINING = 3  # a forward and backward pass, in forward passes
 
 SHOWN = ("output_dir", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
 
@@ -146,7 +153,9 @@ def _batches(batches: Batches, config: BilevelConfig, model: nn.Module) -> list[
         lines.append(f"steps of an epoch: {batches.steps_per_epoch:,} ({batches.num_rows:,} rows)")
     lines.append(f"steps of the run: {batches.steps:,}")
     if _has_dynamic_reference(config):
-        schedule = (_inner_steps if isinstance(config, MixtureConfig) else _synchronisations)(config, batches.steps)
+        schedule = (update_schedule if isinstance(config, MixtureConfig) else reference_schedule)(
+            config, batches.steps
+        )
         lines.append("reference: every {:,} steps it is made anew and takes {:,}".format(*schedule))
     return lines
 
@@ -165,91 +174,37 @@ def _has_dynamic_reference(config: BilevelConfig) -> bool:
 def _cost(
     batches: Batches, config: BilevelConfig, model: nn.Module, num_pool: int | None, parts: dict[str, AnyDataset]
 ) -> list[str]:
-    plain = TRAINING * batches.rows_per_step * batches.steps
+    args = batches.args
+    load = Load(batches.rows_per_step, batches.steps, args.train_batch_size, args.world_size)
+    plain = load.plain_passes
     if isinstance(config, CoresetConfig):
-        search = _coreset_search(config, num_pool, _length(parts["target"]) if "target" in parts else num_pool)
-        on_pool = TRAINING * batches.rows_per_step * Batches(num_pool, batches.args).steps
+        search = _coreset_search(config, num_pool, _length(parts["target"]) if "target" in parts else None)
+        on_pool = TRAINING * batches.rows_per_step * Batches(num_pool, args).steps
         return [
             f"search: {search:,.0f}",
             f"training on the coreset: {plain:,}",
             f"whole run: {search + plain:,.0f}, {(search + plain) / on_pool:.2f} times the plain Trainer on the pool ({on_pool:,})",
         ]
     if isinstance(config, BladeConfig):
-        total = _blade(batches, config, _selects_tokens(config, model))
+        total = blade_passes(config, load, _selects_tokens(config, model))
     else:
-        total = (_bros if isinstance(config, BrosConfig) else _mixture)(batches, config)
+        total = (bros_passes if isinstance(config, BrosConfig) else mixture_passes)(config, load)
     return [
         f"a step, on average: {total / batches.steps:,.1f}; with the plain Trainer {TRAINING * batches.rows_per_step:,}",
         f"whole run: {total:,.0f}, {total / plain:.2f} times the plain Trainer ({plain:,})",
     ]
 
 
-def _blade(batches: Batches, config: BladeConfig, token: bool) -> float:
-    rows, steps, size = batches.rows_per_step, batches.steps, batches.args.train_batch_size
-    if config.selection_ratio == 1:
-        return TRAINING * rows * steps
-    selecting = max(0, steps - config.start_step)
-    share = 1.0 if token else num_selected(config.selection_ratio, size) / size
-    scoring = {"excess_loss": 2, "loss": 1, "random": 0}[config.score]
-    if token:
-        scoring = int(config.score == "excess_loss")  # the model's own losses come from the training pass
-    total = TRAINING * rows * (steps - selecting) + (scoring + TRAINING * share) * rows * selecting
-    if _has_dynamic_reference(config) and selecting:
-        sync_steps, reference_steps = _synchronisations(config, steps)
-        first = reference_steps if config.first_reference_steps == "auto" else config.first_reference_steps
-        later = (math.ceil(selecting / sync_steps) - 1) * reference_steps
-        target = TRAINING * (config.target_batch_size or size)
-        lower = 0 if config.penalty == 0 else size
-        per_process = first * (target + TRAINING * lower) + later * (target + (2 + TRAINING * share) * lower)
-        total += per_process * batches.args.world_size
-    return total
-
-
-def _bros(batches: Batches, config: BrosConfig) -> float:
-    rows, steps = batches.rows_per_step, batches.steps
-    updates = (
-        0 if config.upper_variable == "fixed" else math.ceil(max(0, steps - config.start_step) / config.update_every)
-    )
-    extra = {"one_sided": TRAINING, "two_sided": TRAINING + 2, "bi_probe": 3 * TRAINING + 2}[config.estimator]
-    target = (config.target_batch_size or batches.args.train_batch_size) * batches.args.world_size
-    return TRAINING * rows * steps + updates * (extra * rows + TRAINING * target)
-
-
-def _mixture(batches: Batches, config: MixtureConfig) -> float:
-    rows, steps, args = batches.rows_per_step, batches.steps, batches.args
-    plain = TRAINING * rows * steps
-    if config.mixture != "learned":
-        return plain
-    target = TRAINING * (config.target_batch_size or args.train_batch_size) * args.world_size
-    if config.hypergradient == "unrolled":
-        return plain + steps * 2 * TRAINING * rows  # a Hessian action for every step
-    probe = 2 * config.probe_batches * args.train_batch_size * args.world_size
-    inner, repeated = _inner_steps(config, steps)
-    if config.hypergradient == "alignment":
-        return plain + (steps - 1) // inner * (target + probe)
-    return plain + (steps - 1) // inner * (repeated * (TRAINING * rows + target) + probe)
-
-
-def _synchronisations(config: BladeConfig, steps: int) -> tuple[int, int]:
-    given = (None if value == "auto" else value for value in (config.sync_steps, config.reference_steps))
-    return synchronisation_schedule(*given, max_steps=steps)
-
-
-def _inner_steps(config: MixtureConfig, steps: int) -> tuple[int, int]:
-    inner = config.inner_steps
-    if inner == "auto":
-        inner = 1 if config.hypergradient == "alignment" else optimal_inner_steps(steps)
-        inner = inner if config.reference_steps == "auto" else max(inner, config.reference_steps)
-    return inner, max(1, inner // 10) if config.reference_steps == "auto" else config.reference_steps
-
-
-def _coreset_search(config: CoresetConfig, num_pool: int, num_upper: int) -> float:
+def _coreset_search(config: CoresetConfig, num_pool: int, num_target: int | None) -> float:
     if config.size == "pool":
         return 0.0
+    if config.engine == "kernel":  # in one block; masks take no pass
+        return float(NUM_DRAWS * TRAINING * (num_pool + (num_target or 0)))
+    num_upper = num_pool if num_target is None else num_target
     masked = min(num_pool, _in_rows(config.size, num_pool))
     training = config.inner_steps * TRAINING * min(config.inner_batch_size or masked, masked)
     compared = min(config.num_upper_rows or num_upper, num_upper)
-    at_the_end = max(1, config.num_final_masks) + config.num_final_masks
+    at_the_end = max(1, config.num_final_masks) + NUM_UNIFORM
     return config.outer_steps * config.num_masks * (training + compared) + at_the_end * (training + num_upper)
 
 

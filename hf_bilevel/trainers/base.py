@@ -21,6 +21,7 @@ from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_bilevel.cards import MethodSection, Results, check_results, model_section
 from hf_bilevel.core.selection import num_selected
 from hf_bilevel.data import (
     SAMPLE_ID,
@@ -39,6 +40,7 @@ from hf_bilevel.data import (
 from hf_bilevel.losses import IGNORE_INDEX, SampleLossFunction, UnitLosses, evaluating, unit_losses
 from hf_bilevel.subset import SelectedSubset, dataset_facts, ranking_facts
 from hf_bilevel.trainers.config import BilevelConfig
+from hf_bilevel.trainers.cost import Load
 
 STATE_NAME = "bilevel_state.pt"
 CONFIG_NAME = "bilevel_config.json"
@@ -284,7 +286,15 @@ class BilevelMixin:
         if len(target) == 0:
             raise ValueError("`target_dataset` is empty. Pass at least one sample; a few hundred are usual.")
         first = next(iter(self.train_dataset)) if self._is_stream else self.train_dataset[0]
-        pool_columns, target_columns = self._model_inputs(first), self._model_inputs(target[0])
+        pool_columns = self._model_inputs(first)
+        try:
+            target_columns = self._model_inputs(target[0])
+        except KeyError as error:
+            has = f" It has {sorted(target[0])}." if isinstance(target[0], Mapping) else ""
+            raise ValueError(
+                f"The data collator does not find {error} in `target_dataset`.{has} Some trainers, such as TRL's SFTTrainer, "
+                "tokenise `train_dataset` themselves, and that alone: tokenise `target_dataset` in the same way first."
+            ) from error
         if pool_columns != target_columns:
             raise ValueError(
                 f"`target_dataset` has the model inputs {sorted(target_columns)} and `train_dataset` has "
@@ -314,6 +324,12 @@ class BilevelMixin:
             if start == 0 and self._selects_rows():
                 pick_rows(batch, [0], len(chunk))  # raises for padding-free collators
             labels = batch.get("labels") if isinstance(batch, Mapping) else None
+            if isinstance(labels, torch.Tensor) and labels.ndim and len(labels) != len(chunk):
+                raise ValueError(
+                    f"The collator makes {len(labels)} rows of labels of {len(chunk)} samples of `{name}`. Padding-free and "
+                    "flattened batches hold several samples in a row, whose losses cannot be told apart: use a padding collator "
+                    "(for SFTTrainer `padding_free=False` and no packing)."
+                )
             if labels is None and self.compute_sample_losses is None:
                 raise ValueError(
                     f"`{name}` gives batches without `labels`; they hold {sorted(batch)}. Add a column `labels`, or for "
@@ -539,6 +555,93 @@ class BilevelMixin:
             "domain_names": self.domain_names,
             "versions": _versions(),
         }
+
+    def create_model_card(
+        self, *args: Any, results: Results | None = None, command: str | None = None, **kwargs: Any
+    ) -> None:
+        """Write the Trainer's model card and, from the facts of the run, a section about the method and what came out.
+
+        The section has the data, the settings that differ from the defaults, the outcome with pictures (where matplotlib is
+        installed; they lie beside the card), results, cost and limits. With the method off, and before there is an outcome, the
+        card is the Trainer's alone. ``push_to_hub`` passes ``results`` and ``command`` on.
+
+        Args:
+            *args: As for ``Trainer``.
+            results: What an evaluation of this run and of its controls measured: arm -> metric -> value, or a list with one value
+                for each of several runs, shown as mean ± standard deviation.
+            command: What starts the run again, to be shown.
+            **kwargs: As for ``Trainer``.
+        """
+        check_results(results or {})
+        super().create_model_card(*args, **kwargs)
+        if not self.is_world_process_zero() or self._is_off():
+            return
+        method = self._method_section()
+        if method is None:
+            return
+        folder, pictures = Path(self.args.output_dir), {}
+        for file, (description, draw) in method.plots.items():
+            try:
+                draw().savefig(folder / file, dpi=120)
+            except ImportError:  # without matplotlib the card does with its tables
+                continue
+            pictures[file] = description
+        given, defaults = self.bilevel_config.to_dict(), self.config_class().to_dict()
+        section = model_section(
+            method,
+            {**self.bilevel_facts(), **self._data_facts()},
+            settings={name: (value, defaults[name]) for name, value in given.items() if value != defaults[name]},
+            cost=self._cost(),
+            pictures=pictures,
+            results=results,
+            command=command,
+        )
+        card = folder / "README.md"
+        card.write_text(card.read_text(encoding="utf-8").rstrip() + "\n\n" + section, encoding="utf-8")
+
+    def _method_section(self) -> MethodSection | None:
+        """Say what the method did, for the model card; None before there is an outcome."""
+        raise NotImplementedError
+
+    def _data_facts(self) -> dict[str, Any]:
+        """Say where the pool and the target dataset come from, as far as they know."""
+        data = {"pool": self.train_dataset, "target": self.target_dataset}
+        return {
+            name: {**dataset_facts(dataset), "fingerprint": getattr(dataset, "_fingerprint", None)}
+            for name, dataset in data.items()
+        }
+
+    def _cost(self) -> dict[str, str]:
+        """Say what the run cost, for the model card; what is not known is left out."""
+        step, cost = self.state.global_step, {}
+        if step:
+            rows = self._candidate_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            load = Load(rows, step, self._candidate_batch_size, self.args.world_size)
+            cost = {"Optimizer steps": f"{step:,}", "Rows of a step, before any selection": f"{rows:,}"}
+            passes = self._forward_passes(load) if step == self.state.max_steps else None
+            if passes is not None:
+                cost["Forward passes of one row, by the settings (forward and backward count 3)"] = f"{passes:,.0f}"
+                cost["The same over the plain Trainer's for as many steps"] = f"{passes / load.plain_passes:.2f}"
+        runtimes = [entry["train_runtime"] for entry in self.state.log_history if "train_runtime" in entry]
+        if runtimes:
+            cost["Training, evaluations in it included"] = f"{runtimes[-1]:,.1f} s"
+        cost["Device"] = torch.cuda.get_device_name() if self.args.device.type == "cuda" else self.args.device.type
+        return cost
+
+    def _forward_passes(self, load: Load) -> float | None:
+        """Count the forward passes of a whole run; None where that is not known."""
+        return None
+
+    def _logged(self, *names: str) -> dict[str, tuple[list[int], list[float]]]:
+        """Collect the steps and values of metrics that were logged, by metric."""
+        found: dict[str, tuple[list[int], list[float]]] = {}
+        for entry in self.state.log_history:
+            for name, value in entry.items():
+                if name.startswith(names) and math.isfinite(value):
+                    steps, values = found.setdefault(name, ([], []))
+                    steps.append(entry["step"])
+                    values.append(value)
+        return found
 
     def _num_kept(self, fraction: float, num_ranked: int) -> int:
         """Turn a fraction of the pool into a number of rows, of which ``num_ranked`` can be told apart."""

@@ -6,12 +6,14 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from hf_bilevel.cards import MethodSection
 from hf_bilevel.core.selection import (
     SelectionTally,
     excess_loss,
@@ -32,9 +34,20 @@ from hf_bilevel.losses import (
     token_losses_from_logits,
     unsupported_head,
 )
+from hf_bilevel.plots import lines_over_steps
 from hf_bilevel.subset import SelectedSubset
 from hf_bilevel.trainers.config import BilevelConfig
+from hf_bilevel.trainers.cost import Load, blade_passes
 from hf_bilevel.trainers.reference import ReferenceMixin
+
+_PAPER = (
+    "Wang, Xiang, Xu et al., BLADE: Scalable Bi-level Adaptive Data Selection for LLM Training, "
+    "[arXiv 2606.18650](https://arxiv.org/abs/2606.18650)."
+)
+_STATIC_PAPERS = (
+    "a static reference, as in RHO-LOSS, [arXiv 2206.07137](https://arxiv.org/abs/2206.07137), and Rho-1, "
+    "[arXiv 2404.07965](https://arxiv.org/abs/2404.07965)."
+)
 
 NUM_SCORED_TOGETHER = 8
 """Batches scored by one model before the other takes its turn: an adapter or a parked copy is swapped in once for them."""
@@ -350,7 +363,7 @@ class BladeMixin(ReferenceMixin):
             if len(scores) != len(origin):
                 raise ValueError(
                     f"A batch of {len(origin)} samples gave {len(scores)} losses. Padding-free batches hold several "
-                    "samples in a row: use a padding collator, or `granularity='token'`."
+                    "samples in a row: use a padding collator."
                 )
             keep = top_units(scores, valid, num_selected(ratio, len(origin)))
             self._record(origin, valid.long(), keep.long(), scores, scores, valid, keep)
@@ -572,6 +585,7 @@ class BladeMixin(ReferenceMixin):
         # Not when training failed: the other processes may not come here, and waiting for them would hang.
         if not self._is_off() and sys.exc_info()[0] is None:
             self._merge(self.sample_tally)
+            self._merge(self.domain_tally)
 
     def _merge(self, tally: SelectionTally) -> None:
         """Give all ranks the sum of all ranks' counts."""
@@ -639,6 +653,103 @@ class BladeMixin(ReferenceMixin):
             facts["sync_steps"], facts["reference_steps"], facts["first_reference_steps"] = self._schedule
             facts["penalty"] = self.penalty
         return facts
+
+    def _forward_passes(self, load: Load) -> float:
+        return blade_passes(self.bilevel_config, load, self.granularity == "token")
+
+    def _method_section(self) -> MethodSection | None:
+        config, kind = self.bilevel_config, self._reference_kind
+        if self.sample_tally is None or not bool(self.sample_tally.state_dict()["offered"].any()):
+            return None
+        share, unit = f"{100 * config.selection_ratio:.4g} %", f"{self.granularity}s"
+        if kind == "dynamic":
+            sync_steps, reference_steps, first = self._schedule
+            about = (
+                f": of every batch of candidates it trained on the {share} of the {unit} on which the model did worst compared "
+                f"with a reference model. Every {sync_steps} optimizer steps the reference became a copy of the model and took "
+                f"{reference_steps} steps ({first} the first time) on the target dataset"
+            )
+            about += f" and, weighted {self.penalty:.4g}, on the selected {unit}." if self.penalty else "."
+            paper = _PAPER
+        elif kind == "static":
+            about = f": of every batch of candidates it trained on the {share} of the {unit} on which the model did worst compared with a fixed reference model."
+            paper = _STATIC_PAPERS
+        else:
+            rule = "at random" if config.score == "random" else "with the highest loss"
+            about = f": of every batch of candidates it trained on {share} of the {unit}, chosen {rule}."
+            paper = "none, this is a control."
+        columns, rows = self._domain_rows()
+        return MethodSection(
+            title="Data selection",
+            about=about,
+            paper=paper,
+            limit=f"What was selected is what this model, as it trained, could still learn from; it is no verdict on the {unit} themselves.",
+            statistics=self._statistics(),
+            columns=columns,
+            rows=rows,
+            plots=self._plots(),
+        )
+
+    def _statistics(self) -> dict[str, str]:
+        """Say how much was selected, and of how many samples."""
+        tables = self.sample_tally.state_dict()
+        seen = tables["offered"] > 0
+        offered, selected = tables["offered"][seen], tables["selected"][seen]
+        num, unit = len(offered), "tokens" if self.granularity == "token" else "samples"
+        of_pool = "" if self._is_stream else f" of {len(self.train_dataset):,}"
+        statistics = {
+            f"Share of the candidate {unit} that was selected": f"{float(selected.sum() / offered.sum()):.1%}",
+            "Rows that were candidates": f"{num:,}{of_pool}",
+            "Of them never selected": f"{int((selected == 0).sum()):,} ({float((selected == 0).double().mean()):.1%})",
+            "Of them selected whenever they were candidates": f"{int((selected == offered).sum()):,} "
+            f"({float((selected == offered).double().mean()):.1%})",
+        }
+        if self.state.epoch is not None and not self._is_stream:
+            statistics["Passes over the pool"] = f"{self.state.epoch:.1f}"
+        return statistics
+
+    def _domain_rows(self) -> tuple[list[str], list[list[str]]]:
+        """Compare the domains' shares of the candidates and of what was selected."""
+        offered, selected = (self.domain_tally.state_dict()[name] for name in ("offered", "selected"))
+        if not bool(offered.any()):
+            return [], []
+        names = self.domain_names or list(range(len(offered)))
+        rows = [
+            [str(name), f"{o / offered.sum():.1%}", f"{s / max(1, selected.sum()):.1%}", f"{s / max(1, o):.1%}"]
+            for name, o, s in zip(names, offered.tolist(), selected.tolist(), strict=True)
+        ]
+        return ["domain", "share of the candidates", "share of the selected", "selected of its candidates"], rows
+
+    def _plots(self) -> dict[str, tuple[str, Any]]:
+        """Choose what was logged often enough to be drawn."""
+        name = "excess loss" if self.bilevel_config.score == "excess_loss" else "score"
+        start = f"blade/{name.replace(' ', '_')}"
+        scores = self._logged(f"{start}_mean", f"{start}_selected_mean")
+        scores = {
+            label: scores[f"{start}{end}"]
+            for label, end in (("selected", "_selected_mean"), ("all candidates", "_mean"))
+            if f"{start}{end}" in scores
+        }
+        prefix = "blade/selected_fraction/"
+        shares = {key.removeprefix(prefix): line for key, line in self._logged(prefix).items()}
+        plots = {}
+        for file, description, lines, label in (
+            (
+                "blade_scores.png",
+                f"Mean {name} of the candidates and of the selected over the optimizer steps",
+                scores,
+                f"mean {name}",
+            ),
+            (
+                "blade_domains.png",
+                "Selected share of every domain's candidates over the optimizer steps",
+                shares,
+                "selected share of candidates",
+            ),
+        ):
+            if lines and max(len(steps) for steps, _ in lines.values()) > 1:
+                plots[file] = (description, partial(lines_over_steps, lines, label))
+        return plots
 
 
 class _SelectingModel:

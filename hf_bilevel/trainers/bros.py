@@ -5,12 +5,14 @@ import sys
 import warnings
 from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from hf_bilevel.cards import MethodSection
 from hf_bilevel.core.single_loop import Auxiliary, UpperStep
 from hf_bilevel.core.subspace import bi_probe, carry_over, coverage, one_sided, refresh_schedule, two_sided
 from hf_bilevel.core.weights import WeightNetwork, WeightTable, loss_coefficients
@@ -24,13 +26,25 @@ from hf_bilevel.derivatives import (
     preserved_buffers,
 )
 from hf_bilevel.losses import find_head, unsupported_head
-from hf_bilevel.plots import weights_histogram
+from hf_bilevel.plots import lines_over_steps, weights_histogram
 from hf_bilevel.subset import SelectedSubset
 from hf_bilevel.trainers.base import BilevelMixin
 from hf_bilevel.trainers.config import BilevelConfig
+from hf_bilevel.trainers.cost import Load, bros_passes
 from hf_bilevel.trainers.reference import is_peft_model
 
 MIN_COVERAGE = 10
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # of the weights, in the model card
+
+_PAPER = (
+    "Zhang, Kong, Zhang, Yuan, BROS: Bias-Corrected Randomized Subspaces for Memory-Efficient Single-Loop Bilevel "
+    "Optimization, [arXiv 2605.10288](https://arxiv.org/abs/2605.10288)"
+)
+_FULL_SPACE_PAPER = (
+    "Chen, Xiao, Balasubramanian, Optimal Algorithms for Stochastic Bilevel Optimization under Relaxed Smoothness Conditions "
+    "(MA-SOBA), JMLR 25, 2024"
+)
 
 _NOTES = (
     "hypergradient_norm",
@@ -787,6 +801,71 @@ class BrosMixin(BilevelMixin):
             facts["num_projected_layers"] = len(self.blocks.projected)
             facts["refresh_steps"] = self.refresh_steps
         return facts
+
+    def _forward_passes(self, load: Load) -> float:
+        return bros_passes(self.bilevel_config, load)
+
+    def _method_section(self) -> MethodSection | None:
+        if self.blocks is None or self.state.global_step == 0:
+            return None
+        kind, full = self.bilevel_config.upper_variable, self.rank == "full"
+        what = {"table": "a weight for every sample", "domain": "a weight for every domain"}.get(
+            kind, "a network from a sample's loss to its weight"
+        )
+        if self._learns():
+            about = (
+                f", which learned {what} while the model was trained, by what lowers the loss on the target dataset."
+            )
+        elif self._given_weights is not None:
+            about = ", with given weights of the samples, which stayed as they were."
+        else:
+            about = ", with all samples alike."
+        if not full:
+            shapes = self._shapes()
+            about += (
+                f" {len(shapes)} layers were trained in random subspaces (`rank={self.rank}`), drawn anew "
+                f"{'at every step' if self.refresh_steps == 1 else f'every {self.refresh_steps} steps'}."
+            )
+        names = list(map(str, self.domain_names)) if kind == "domain" else []
+        return MethodSection(
+            title="Learned weights" if self._learns() else "Training with fixed weights",
+            about=about,
+            paper=f"{_FULL_SPACE_PAPER if full else _PAPER}.",
+            limit="A small weight says that a sample did not help on the target dataset in this run; it may be wrong, rare or only "
+            "hard, and samples that were drawn seldom are near the weight they started from.",
+            statistics={} if self._is_stream else self._statistics(),
+            columns=["domain", "weight"] if names else [],
+            rows=[[name, f"{weight:.3f}"] for name, weight in self.domain_weights.items()] if names else [],
+            plots=self._plots(),
+        )
+
+    def _statistics(self) -> dict[str, str]:
+        """Say how the weights are spread."""
+        ids, weights = self.sample_weights
+        statistics = {"Rows with a weight": f"{len(ids):,} of {len(self.train_dataset):,}"}
+        if len(ids):
+            values = weights.double().sort().values
+            places = [round(q * (len(values) - 1)) for q in QUANTILES]
+            statistics |= {
+                "Mean of the weights": f"{float(values.mean()):.3f}",
+                "Their quantiles at " + ", ".join(f"{q:.0%}" for q in QUANTILES): ", ".join(
+                    f"{float(values[place]):.3f}" for place in places
+                ),
+                "Rows with less than a tenth of the largest weight": f"{float((values < 0.1 * values[-1]).double().mean()):.1%}",
+            }
+        return statistics
+
+    def _plots(self) -> dict[str, tuple[str, Any]]:
+        """Choose what can be drawn."""
+        plots: dict[str, tuple[str, Any]] = {}
+        if not self._is_stream and self.bilevel_config.upper_variable != "domain" and len(self.sample_weights.ids):
+            plots["bros_weights.png"] = ("Histogram of the sample weights", self.plot_sample_weights)
+        prefix = "bros/weight/"
+        lines = {key.removeprefix(prefix): line for key, line in self._logged(prefix).items()}
+        if lines and max(len(steps) for steps, _ in lines.values()) > 1:
+            description = "Weight of every domain over the optimizer steps"
+            plots["bros_domains.png"] = (description, partial(lines_over_steps, lines, "domain weight"))
+        return plots
 
 
 class _Weighting:

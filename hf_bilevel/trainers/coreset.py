@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,6 +20,7 @@ from torch.utils.data import Subset
 from tqdm.auto import tqdm
 from transformers import Trainer
 
+from hf_bilevel.cards import MethodSection
 from hf_bilevel.core.coreset import (
     CoresetProbabilities,
     best_sampled_mask,
@@ -34,7 +36,7 @@ from hf_bilevel.core.selection import num_selected
 from hf_bilevel.data import CollatedRows, derive_seed, private_randomness
 from hf_bilevel.inner_training import OPTIMIZERS, BatchedEngine, InnerTraining, SequentialEngine, stacking_pays
 from hf_bilevel.losses import UnitLosses, find_head, unit_losses, unsupported_head
-from hf_bilevel.plots import upper_losses_over_search
+from hf_bilevel.plots import domain_shares, kept_against_dropped, upper_losses_over_search
 from hf_bilevel.subset import SelectedSubset
 from hf_bilevel.tangent_kernel import KernelEngine
 from hf_bilevel.trainers.base import BilevelMixin
@@ -184,6 +186,7 @@ class CoresetMixin(BilevelMixin):
         self.search_model = search_model
         self._subset: SelectedSubset | None = None
         self._searched_losses: list[float] = []
+        self._search_seconds: float | None = None
         self._on_coreset = False
         super().__init__(*args, **kwargs)
 
@@ -291,6 +294,7 @@ class CoresetMixin(BilevelMixin):
             raise ValueError("`search` needs `train_dataset`, the pool to choose from.")
         if self.train_dataset is not self._prepared_pool:
             self._prepare_pool()
+        started = time.monotonic()
         size = self._in_rows(self.bilevel_config.size)
         initial_size = (
             size if self.bilevel_config.initial_size == "size" else self._in_rows(self.bilevel_config.initial_size)
@@ -307,7 +311,7 @@ class CoresetMixin(BilevelMixin):
             self._run(progress, engine, initial_size, size, folder)
             mask, losses = self._round(progress, engine, size)
         self._subset = self._make_subset(progress, mask, losses)
-        self._searched_losses = progress.objectives
+        self._searched_losses, self._search_seconds = progress.objectives, time.monotonic() - started
         return self._subset
 
     def _run(self, progress: "_Search", engine: Engine, initial_size: int, size: int, folder: Path) -> None:
@@ -427,7 +431,8 @@ class CoresetMixin(BilevelMixin):
         upper = rows.get("upper", rows["pool"])
         if config.engine == "kernel":
             generator = torch.Generator().manual_seed(derive_seed(self._seed, _KERNEL))
-            yield KernelEngine(model, rows["pool"], upper, config.ridge, generator)
+            shown = not self.args.disable_tqdm and self.is_local_process_zero()
+            yield KernelEngine(model, rows["pool"], upper, config.ridge, generator, shown)
             return
         smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
 
@@ -641,6 +646,66 @@ class CoresetMixin(BilevelMixin):
         if self._subset is not None:
             facts |= {name: self._subset.facts[name] for name in ("num_pool", "search", "metrics", "controls")}
         return facts
+
+    def _data_facts(self) -> dict[str, Any]:
+        """Name the pool that was searched, also while its coreset is trained on."""
+        facts = super()._data_facts()
+        facts["pool"] = {**self._subset.facts["dataset"], "fingerprint": self._subset.fingerprint}
+        return facts
+
+    def _cost(self) -> dict[str, str]:
+        """Say what the training cost, and the search before it if this trainer made it."""
+        searched = {} if self._search_seconds is None else {"Search": f"{self._search_seconds:,.1f} s"}
+        return {**searched, **super()._cost()}
+
+    def _method_section(self) -> MethodSection | None:
+        if self._subset is None:
+            return None
+        facts, size, num_pool = self._subset.facts, len(self._subset), self._subset.num_pool
+        with_kernel, judge = (
+            self.bilevel_config.engine == "kernel",
+            "the pool" if self.target_dataset is None else "the target dataset",
+        )
+        fitted = "kernel ridge regression with the model's tangent kernel" if with_kernel else "training"
+        search, uniform = facts["search"], facts["controls"].get("uniform", {}).get("upper_loss")
+        loss = "mean squared distance to one-hot labels" if with_kernel else "in nats"
+        found = {
+            f"Loss on {judge} after {fitted} ({loss})": facts["metrics"].get("upper_loss"),
+            f"The same of uniform draws of the same size, mean of {NUM_UNIFORM}": uniform,
+        }
+        statistics = {
+            "Size": f"{size:,} of {num_pool:,} ({size / num_pool:.1%})",
+            **{label: f"{value:.4g}" for label, value in found.items() if value is not None},
+            "Outer steps of the search": f"{search['num_outer_steps']:,}",
+            "Probabilities within 0.01 of 0 or 1 at its end": f"{search['settled']:.1%}",
+        }
+        if not with_kernel:
+            statistics["Inner trainings that diverged"] = f"{search['num_diverged']:,}"
+        plots: dict[str, tuple[str, Callable[[], Any]]] = {}
+        if self._searched_losses:
+            plots["coreset_search.png"] = (
+                "Upper loss over the search, of uniform draws and of the coreset",
+                self.plot_search,
+            )
+        plots["coreset_ranking.png"] = (
+            "Rows kept and dropped, by probability",
+            partial(kept_against_dropped, **facts["ranking"]),
+        )
+        if "domains" in facts:
+            plots["coreset_domains.png"] = (
+                "Share of every domain in the pool and in the coreset",
+                partial(domain_shares, **facts["domains"]),
+            )
+        return MethodSection(
+            title="Coreset",
+            about=f": it searched the {size:,} rows of the pool on which {fitted} reaches the lowest loss on {judge}, and trained the "
+            "model on these alone.",
+            paper="Zhou, Pi, Zhang, Lin, Zhang, Probabilistic Bilevel Coreset Selection, ICML 2022.",
+            limit="The loss beside that of uniform draws is what the search minimised, on the rows that it was minimised on; only "
+            "results on other rows show that the coreset trains a better model.",
+            statistics=statistics,
+            plots=plots,
+        )
 
 
 def _losses_beside_differences(engine: KernelEngine, masks: Tensor, mine: list[int]) -> Tensor:

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Sampler
 from transformers import Trainer
 
-from hf_bilevel.cards import mixture_section
+from hf_bilevel.cards import MethodSection
 from hf_bilevel.core.mixture import (
     DomainWeights,
     adjoint_step,
@@ -44,15 +44,27 @@ from hf_bilevel.derivatives import (
     random_state,
     restore_random_state,
 )
-from hf_bilevel.losses import evaluating, find_head, unsupported_head
+from hf_bilevel.losses import evaluating, find_head, unsupported_head, unwrap
 from hf_bilevel.mixing import MixtureDraws, MixtureSampler, MixtureStream, NumberedMixtureStream, stratified_rows
 from hf_bilevel.plots import domain_weights_over_time
 from hf_bilevel.subset import SelectedSubset
 from hf_bilevel.trainers.config import BilevelConfig
+from hf_bilevel.trainers.cost import Load, mixture_passes
 from hf_bilevel.trainers.domain_evaluation import DomainEvaluationMixin
-from hf_bilevel.trainers.reference import ReferenceMixin
+from hf_bilevel.trainers.reference import ReferenceMixin, has_forward_of_its_own
 
 MIXTURE_NAME = "mixture.json"
+
+_PAPERS = {
+    "penalty": (
+        "finite inner steps, Das, Patel, Razaviyayn, Mirrokni, [arXiv 2602.19510](https://arxiv.org/abs/2602.19510), with the "
+        "penalised hypergradient of TANDEM, [arXiv 2606.04401](https://arxiv.org/abs/2606.04401)."
+    ),
+    "alignment": "gradient alignment, Fan, Pagliardini, Jaggi, DoGE, [arXiv 2310.15393](https://arxiv.org/abs/2310.15393).",
+    "unrolled": (
+        "unrolled finite inner steps, Das, Patel, Razaviyayn, Mirrokni, [arXiv 2602.19510](https://arxiv.org/abs/2602.19510)."
+    ),
+}
 
 _UPDATE, _DRAWS, _PROBE, _TARGET, _SUBSET = range(10, 15)  # tell seeds apart
 
@@ -292,6 +304,12 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
         self._check_target_dataset()
         if config.hypergradient == "penalty":
             self._check_reference("dynamic")
+            if getattr(self.args, "loss_type", "nll") != "nll" and has_forward_of_its_own(unwrap(self.model)):
+                raise ValueError(
+                    f"`loss_type={self.args.loss_type!r}` is computed in a forward that belongs to the trained model alone, and "
+                    "the twin of `hypergradient='penalty'` would train with another loss. Use `hypergradient='alignment'`, or "
+                    "`loss_type='nll'`."
+                )
             if self._given_optimizer is not None:
                 raise ValueError(
                     "`hypergradient='penalty'` builds an optimizer for the twin as the Trainer builds its own, so it cannot "
@@ -406,7 +424,18 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
             )
 
     def _find_domains(self) -> tuple[Tensor | None, list[str] | None]:
-        return super()._find_domains() if self._joined is None else self._joined
+        if self._joined is None:
+            return super()._find_domains()
+        domain_ids, names = self._joined
+        if domain_ids is not None and (
+            len(domain_ids) != len(self.train_dataset) or getattr(self.args, "shuffle_dataset", False)
+        ):
+            raise ValueError(
+                f"`train_dataset` was joined from a dict of {len(domain_ids)} rows, and the trainer has packed, dropped or "
+                f"shuffled some while preparing it ({len(self.train_dataset)} now): their domains are lost. Prepare each domain "
+                "beforehand, or pass one dataset with a `domain_column` that survives (for SFTTrainer no `packing`)."
+            )
+        return self._joined
 
     def _fixed_weights(self) -> Tensor | None:
         """Return weights that are not learned, ``(M,)``, or None."""
@@ -595,9 +624,11 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
         """Compute what ``training_step`` has differentiated for a batch, on another model."""
         inputs, num_items = dict(self._prepare_inputs(batch)), entry["num_items"]
         num_batches = len(entry["batches"])
-        if multipliers is None:
+        if multipliers is None and not has_forward_of_its_own(unwrap(self.model)):
             loss = super().compute_loss(model, inputs, num_items_in_batch=num_items)
         else:
+            if multipliers is None:  # the trainer's loss may need that forward, which the twin does not have
+                multipliers = torch.ones(len(inputs["labels"]))
             loss = self._weighted_loss(model, inputs, multipliers, num_items, num_batches)
         return loss if self._loss_is_of_whole_step(num_items) else loss / num_batches
 
@@ -888,26 +919,6 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
         weights = [weights for _, weights in self._trajectory]
         return domain_weights_over_time(steps, weights, list(map(str, self.domain_names)), self.state.max_steps)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the Trainer's model card, with a table of the learned mixture and a picture of the weights over time.
-
-        Args:
-            *args: As for ``Trainer``.
-            **kwargs: As for ``Trainer``.
-        """
-        super().create_model_card(*args, **kwargs)
-        if not self.is_world_process_zero() or self._is_off() or not self._learns() or self._domains is None:
-            return
-        folder, picture = Path(self.args.output_dir), "mixture.png"
-        try:
-            self.plot_domain_weights().savefig(folder / picture)
-        except ImportError:  # the table says it too
-            picture = None
-        shares = {} if self._shares is None or self._is_stream else self._named(self._shares)
-        card = folder / "README.md"
-        section = mixture_section(shares, self.mixture, self.inner_steps, picture)
-        card.write_text(card.read_text(encoding="utf-8").rstrip() + "\n\n" + section, encoding="utf-8")
-
     # State, logging, facts ------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -980,6 +991,32 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
                 if self.bilevel_config.hypergradient == "penalty":
                     facts["reference_steps"] = self.reference_steps
         return facts
+
+    def _forward_passes(self, load: Load) -> float:
+        return mixture_passes(self.bilevel_config, load) if self._learns() else load.plain_passes
+
+    def _method_section(self) -> MethodSection | None:
+        if self._domains is None:
+            return None
+        learns = self._learns()
+        column = "learned weight" if learns else "weight"
+        shares = {} if self._shares is None or self._is_stream else self._named(self._shares)
+        mixture = sorted(self.mixture.items(), key=lambda pair: -pair[1])
+        rows = [[name, f"{shares[name]:.3f}" if name in shares else "", f"{weight:.3f}"] for name, weight in mixture]
+        about = f", the weights moving every {self.inner_steps} optimizer steps." if learns else ", the weights fixed."
+        picture = ("Weight of every domain over the optimizer steps", self.plot_domain_weights)
+        return MethodSection(
+            title="Learned mixture" if learns else "Fixed mixture",
+            about=about,
+            paper=_PAPERS[self.bilevel_config.hypergradient]
+            if learns
+            else "none, nothing was learned about the domains.",
+            limit="The weights are those of one run: domains that help the target alike share it by chance, and other sizes of the "
+            "model or of the domains have other best weights.",
+            columns=["domain", "share of the pool", column],
+            rows=rows,
+            plots={"mixture.png": picture} if learns else {},
+        )
 
 
 def _read_mixture(given: Mapping[str, float] | str | os.PathLike) -> dict[str, float]:

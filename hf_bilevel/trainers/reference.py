@@ -238,6 +238,12 @@ def is_peft_model(model: nn.Module) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
+def has_forward_of_its_own(model: nn.Module) -> bool:
+    """Say whether somebody has put a ``forward`` on a model that runs that very model, so that a copy cannot have it."""
+    patch = vars(model).get("_original_forward", vars(model).get("forward"))
+    return patch is not None and _holds(getattr(patch, "__func__", patch), model)
+
+
 def _holds(function: Any, model: nn.Module) -> bool:
     """Say whether a function is a closure over a model or one of its methods."""
     contents = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]

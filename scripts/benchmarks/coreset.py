@@ -455,6 +455,22 @@ def choose(arm: str, problem: Problem) -> Tensor:
     return search(problem, trains=arm == "pbcs_trained")
 
 
+def shrink(arm: str, problem: Problem, ids: Tensor, size: int) -> Tensor:
+    """What to keep of a coreset when less room is left: those chosen first, or what a search among them finds.
+
+    A search tells which samples belong together, and nothing about their order. Its searches for smaller sizes, judged as
+    the first, could all be made when the first is: they need nothing that comes later.
+    """
+    if arm != "pbcs" or size >= len(ids):
+        return ids[:size]
+    return ids[
+        search(
+            replace(problem, inputs=problem.inputs[ids], labels=problem.labels[ids], size=size, target=problem.judge),
+            trains=False,
+        )
+    ]
+
+
 def upper_loss(problem: Problem, ids: Tensor) -> float:
     """Train a net on a coreset as pbcs_trained does, and judge it."""
     settings = problem.settings
@@ -619,9 +635,14 @@ def replay(task: str, arm: str, seed: int, settings: Settings) -> dict:
     start = time.perf_counter()
     chosen = [choose(arm, problem) for problem in problems]
     seconds = time.perf_counter() - start
-    memories = [[]]  # one before each task
+    memories, kept = [[]], []  # one before each task
     for number in range(1, len(sequence)):
-        kept = [ids[: settings.size // number] for ids in chosen[:number]]
+        start = time.perf_counter()
+        kept = [
+            shrink(arm, problem, ids, settings.size // number)
+            for problem, ids in zip(problems, [*kept, chosen[number - 1]], strict=False)
+        ]
+        seconds += time.perf_counter() - start
         memories.append([(data.inputs[ids], data.labels[ids]) for data, ids in zip(sequence, kept, strict=False)])
     wrong = torch.cat([data.wrong[ids] for data, ids in zip(sequence, kept, strict=False)])
     parts = [(data.inputs, data.labels) for data in sequence]

@@ -104,6 +104,7 @@ def test_the_number_of_steps_is_the_trainers(tiny, data, common, capsys) -> None
         ("blade", "--selection_ratio 1", 1),
         ("blade", "--score random", 1),
         ("blade", "--score loss --granularity sample --selection_ratio 0.5", (1 + 3 * 0.5) / 3),
+        ("blade", "--score random --granularity sample --selection_ratio 0.5", (1 + 3 * 0.5) / 3),
         # One forward of the reference a step, and in 0.3 of the steps 3 on a target batch, 2 and 3 on a training batch; the first
         # of the ten phases selects nothing.
         (
@@ -138,8 +139,16 @@ def test_cost_of_a_coreset(tiny, data, common, capsys) -> None:
     search = "--size 10 --outer_steps 3 --num_masks 2 --inner_steps 4 --num_final_masks 2 --num_upper_rows 5"
     more = ["--task", "sequence_classification", *search.split()]
     total, _ = cost(dry("coreset", tiny, data, common, capsys, *more, model="bert"))
-    # Trainings of 4 steps on 10 rows, judged on 5 of the 12 rows of the target dataset, at the end on all of them.
-    assert total == 3 * 2 * (4 * 3 * 10 + 5) + (2 + 2) * (4 * 3 * 10 + 12) + 2 * 3 * 8
+    # Trainings of 4 steps on 10 rows, judged on 5 of the 12 rows of the target dataset, at the end on all of them: 2 masks beside
+    # 10 uniform draws.
+    assert total == 3 * 2 * (4 * 3 * 10 + 5) + (2 + 10) * (4 * 3 * 10 + 12) + 2 * 3 * 8
+
+
+def test_cost_of_a_coreset_by_the_tangent_kernel(tiny, data, common, capsys) -> None:
+    more = ["--task", "sequence_classification", "--size", "10", "--engine", "kernel"]
+    total, _ = cost(dry("coreset", tiny, data, common, capsys, *more, model="bert"))
+    # Gradients of three combinations of the logits of the 40 rows of the pool and 12 of the target dataset.
+    assert total == 3 * 3 * (40 + 12) + 2 * 3 * 8
 
 
 def test_memory(tiny, data, common, capsys) -> None:

@@ -1026,20 +1026,6 @@ def test_settings_are_checked_against_model_and_batch(tmp_path: Path) -> None:
     )
 
 
-def test_padding_free_batches_are_refused(tmp_path: Path) -> None:
-    def flatten(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        joined = {key: sum((row[key] for row in rows), []) for key in ("input_ids", "labels")}
-        return {key: torch.tensor(value)[None] for key, value in joined.items()}
-
-    refused(
-        "llama",
-        tmp_path,
-        r"`batch\['input_ids'\]` has 1 rows where the batch has 8 samples.*granularity='token'",
-        {"granularity": "sample"},
-        trainer_kwargs={"data_collator": flatten},
-    )
-
-
 class WeightedViTForImageClassification(ViTForImageClassification):
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
         outputs = super().forward(pixel_values=pixel_values, labels=labels)

@@ -1368,8 +1368,10 @@ def test_padding_free_batches_are_refused(tmp_path: Path) -> None:
         joined = {key: sum((row[key] for row in rows), []) for key in ("input_ids", "labels")}
         return {key: torch.tensor(value)[None, :32] for key, value in joined.items()}
 
+    trainer = build("llama", tmp_path)  # with another collator it would have been refused here
+    trainer.data_collator = flatten
     with pytest.raises(ValueError, match="A batch of 8 samples gave 1 losses. Padding-free batches.*padding collator"):
-        train("llama", tmp_path, trainer_kwargs={"data_collator": flatten})
+        trainer.train()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -1131,3 +1132,61 @@ def test_a_run_too_short_for_an_update_is_said(tmp_path: Path) -> None:
 def test_no_domain_at_all(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="empty dict. Give it two or more datasets"):
         build("vit", tmp_path, {"domain_column": None}, train_dataset={})
+
+
+def test_a_joined_pool_that_was_changed_is_refused(tmp_path: Path) -> None:
+    """TRL packs, filters and shuffles the pool while its trainer is built."""
+
+    class PackingTrainer(Trainer):
+        def __init__(self, *args: Any, train_dataset: datasets.Dataset, **kwargs: Any) -> None:
+            super().__init__(*args, train_dataset=train_dataset.select(range(20)), **kwargs)
+
+    class MixturePackingTrainer(MixtureMixin, PackingTrainer):
+        pass
+
+    parts = {name: make_dataset("vit", 16, seed=i).remove_columns("source") for i, name in enumerate(("a", "b"))}
+    settings = {"target_dataset": make_dataset("vit", 8), "bilevel_config": MixtureConfig()}
+    with pytest.raises(
+        ValueError, match=r"joined from a dict of 32 rows, .*packed, dropped or shuffled some.*\(20 now\)"
+    ):
+        make_trainer(MixturePackingTrainer, "vit", tmp_path, train_dataset=parts, trainer_kwargs=settings)
+
+
+def test_the_twin_trains_with_a_forward_that_belongs_to_the_model(tmp_path: Path) -> None:
+    """As SFTTrainer does: its forward runs the trained model itself, and its loss asks for what that alone returns."""
+
+    class OwnForwardTrainer(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            outputs = model(**inputs)
+            loss = outputs["own_loss"]
+            return (loss, outputs) if return_outputs else loss
+
+    class MixtureOwnForwardTrainer(MixtureMixin, OwnForwardTrainer):
+        pass
+
+    found = []
+    for trainer_class, owned in ((MixtureTrainer, False), (MixtureOwnForwardTrainer, True)):
+        model = make_model("vit")
+        if owned:
+            model.forward = types.MethodType(_closure_over(model, model.forward), model)
+        config = MixtureConfig(domain_column="source", inner_steps=3, reference_steps=2)
+        settings = {"target_dataset": make_dataset("vit", 8, seed=7), "bilevel_config": config}
+        trainer = make_trainer(
+            trainer_class, "vit", tmp_path / str(owned), model=model, max_steps=6, trainer_kwargs=settings
+        )
+        set_seed(11)
+        trainer.train()
+        found.append(torch.tensor(list(trainer.domain_weights.values())))
+    assert found[0].std() > 1e-4
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+
+
+def _closure_over(model: nn.Module, forward: Any) -> Any:
+    def own(self: nn.Module, pixel_values: Tensor, labels: Tensor | None = None) -> Any:
+        assert self is model
+        outputs = forward(pixel_values=pixel_values, labels=labels)
+        if labels is not None:
+            outputs["own_loss"] = outputs["loss"]
+        return outputs
+
+    return own
