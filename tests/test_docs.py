@@ -182,10 +182,17 @@ def commands_in_text(page: Path) -> list[list[str]]:
     return [shlex.split(span) for span in spans if "scripts/" in span or span.startswith("hf-bilevel")]
 
 
+def modules_of_scripts() -> dict[str, Any]:
+    scripts = str(ROOT / "scripts")
+    return {name: m for name, m in list(sys.modules.items()) if str(getattr(m, "__file__", None)).startswith(scripts)}
+
+
 @cache
 def options_of(script: str) -> set[str]:
     """The options that ``--help`` of a script, or of a command of ``hf-bilevel``, lists."""
-    path, modules, argv = list(sys.path), set(sys.modules), sys.argv
+    path, argv, before = list(sys.path), sys.argv, modules_of_scripts()
+    for name in before:  # to be imported afresh: what was imported has changed the path, which a test has put back
+        del sys.modules[name]
     help_text = io.StringIO()
     try:
         with contextlib.redirect_stdout(help_text), contextlib.suppress(SystemExit):
@@ -197,9 +204,9 @@ def options_of(script: str) -> set[str]:
                 runpy.run_path(str(ROOT / script), run_name="__main__")
     finally:
         sys.path[:], sys.argv = path, argv
-        for name in set(sys.modules) - modules:
-            if str(getattr(sys.modules[name], "__file__", None)).startswith(str(ROOT / "scripts")):
-                del sys.modules[name]  # other folders have modules of the same names
+        for name in modules_of_scripts():
+            del sys.modules[name]  # other folders have modules of the same names
+        sys.modules.update(before)
     options = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", help_text.getvalue()))
     assert "--help" in options, f"`{script} --help` says {help_text.getvalue()!r}"
     return options
