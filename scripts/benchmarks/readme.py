@@ -329,14 +329,24 @@ def coreset() -> str:
     config = report["config"]["clean"]
     num_seeds = len({row["seed"] for row in report["rows"] if row["task"] == "clean"})
     search_seconds = round(report["summary"]["seconds/clean/pbcs"])
+    found = [task for task in ("clean", "noise20", "imbalance50") if f"gain/{task}/greedy" in report["summary"]]
+    ahead = [
+        f"{CORESET_TASKS[task].removeprefix('... ')} {plus_minus(report['summary'], f'gain/{task}/greedy', 100)}"
+        for task in found
+    ]
     return "\n".join(
         [
             f"{config['size']} of {config['num_pool']:,} MNIST digits for the convolutional network of the paper, mean ± standard "
             f"deviation of the test accuracy in % over {num_seeds} seeds; in brackets the share of wrong labels in the coreset. The "
-            f'search (`engine="kernel"`, {config["outer_steps"]} outer steps, {search_seconds} s on one CPU core) fits the tangent '
+            f'search (`engine="kernel"`, {config["outer_steps"]} outer steps, {search_seconds} s on a core of a busy CPU) fits the tangent '
             "kernel of that network; with 20 % wrong labels and with unequal classes 100 clean digits are the target dataset.",
             "",
             *coreset_lines(("clean", "noise20", "imbalance50")),
+            "",
+            "Less greedy selection, paired by seed: "
+            + "; ".join(ahead)
+            + " points. Greedy takes seconds, too, and is in "
+            "`scripts/benchmarks/coreset_controls.py`.",
             "",
             "From `scripts/benchmarks/results/coreset.json`; [other tasks](scripts/benchmarks/README.md#coresets).",
         ]
