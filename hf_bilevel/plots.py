@@ -105,6 +105,58 @@ def lines_over_steps(lines: Mapping[str, tuple[Sequence[int], Sequence[float]]],
     return figure
 
 
+def distribution_over_steps(steps: Sequence[int], quantiles: Mapping[float, Sequence[float]], label: str) -> Any:
+    """Draw how the distribution of a value moves over the optimizer steps of a run.
+
+    Args:
+        steps: Ascending.
+        quantiles: For each probability the quantile at every step; symmetric pairs are drawn as bands, 0.5 as a line.
+        label: What the value is.
+
+    Returns:
+        A matplotlib figure.
+    """
+    figure = _new_figure(7, 3.4)
+    axes = figure.subplots()
+    for low in sorted(p for p in quantiles if p < 0.5):
+        text = f"{low:.0%} to {1 - low:.0%}"
+        axes.fill_between(
+            steps, quantiles[low], quantiles[round(1 - low, 10)], color=KEPT, alpha=0.25, lw=0, label=text
+        )
+    axes.plot(steps, quantiles[0.5], color=KEPT, lw=1.8, label="median")
+    axes.axhline(0, color="#999999", lw=0.8, ls=":")
+    axes.set_xlim(steps[0], steps[-1])
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel(label)
+    _name_lines(axes)
+    return figure
+
+
+def montage(images: Sequence[np.ndarray]) -> Any:
+    """Draw images side by side, each scaled to its own range.
+
+    Args:
+        images: ``(channels, height, width)`` or ``(height, width, channels)`` with 1 or 3 channels, or ``(height, width)``.
+
+    Returns:
+        A matplotlib figure.
+    """
+    columns = min(len(images), max(5, round(len(images) ** 0.5 * 1.5)))
+    num_rows = -(-len(images) // columns)
+    figure = _new_figure(7, 7 * num_rows / columns)
+    grid = figure.subplots(num_rows, columns, squeeze=False, gridspec_kw={"wspace": 0.05, "hspace": 0.05})
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, image in zip(grid.flat, images, strict=False):
+        values = np.asarray(image, dtype=float)
+        if values.ndim == 3 and values.shape[0] in (1, 3) and values.shape[2] not in (1, 3):
+            values = values.transpose(1, 2, 0)
+        span = values.max() - values.min()
+        values = (values - values.min()) / (span if span > 0 else 1)
+        axes.imshow(values.squeeze(), cmap="gray", vmin=0, vmax=1)
+    return figure
+
+
 def _name_lines(axes: Any) -> None:
     """Put the names of lines to the right of them, none taken for a formula."""
     legend = axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)

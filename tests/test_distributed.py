@@ -25,7 +25,18 @@ def test_two_processes(tmp_path: Path) -> None:
     )
     output = result.stdout + result.stderr
     assert result.returncode == 0, output[-6000:]
-    for case in ("vit", "llama", "bert", "lora", "bros vit", "bros llama", "bros network", *MIXTURE_CASES, "coreset"):
+    for case in (
+        "vit",
+        "torn",
+        "llama",
+        "bert",
+        "lora",
+        "bros vit",
+        "bros llama",
+        "bros network",
+        *MIXTURE_CASES,
+        "coreset",
+    ):
         assert f"{case}: passed" in output, output[-6000:]
     for case, expected in torch.load(tmp_path / "global.pt", weights_only=True).items():
         assert_one_process_is_the_same(case, expected, tmp_path)

@@ -9,8 +9,8 @@ from datasets import Dataset
 from test_contract import METHODS, build
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_padding_free_batches_are_refused(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method, settings", [*((m, {}) for m in METHODS), ("blade", {"granularity": "sample"})])
+def test_padding_free_batches_are_refused(method: str, settings: dict[str, Any], tmp_path: Path) -> None:
     def flatten(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         joined = {key: sum((row[key] for row in rows), []) for key in ("input_ids", "labels")}
         return {key: torch.tensor(value)[None] for key, value in joined.items()}
@@ -18,7 +18,7 @@ def test_padding_free_batches_are_refused(method: str, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match="Padding-free and flattened batches hold several samples.* a padding collator"
     ):
-        build(method, "llama", tmp_path, trainer_kwargs={"data_collator": flatten})
+        build(method, "llama", tmp_path, settings=settings, trainer_kwargs={"data_collator": flatten})
 
 
 @pytest.mark.parametrize("method", METHODS)

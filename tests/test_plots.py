@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from hf_bilevel.plots import (
+    distribution_over_steps,
     domain_shares,
     domain_weights_over_time,
     kept_against_dropped,
     lines_over_steps,
+    montage,
     weights_histogram,
 )
 
@@ -109,3 +111,24 @@ def test_lines_are_named_from_the_largest_end_on(tmp_path: Path) -> None:
 
 def test_names_of_domains_are_no_formulas_over_time(tmp_path: Path) -> None:
     domain_weights_over_time([0, 5], [[0.5, 0.5], [0.1, 0.9]], ["$\\frac$", "b"], 10).savefig(tmp_path / "a.png")
+
+
+def test_distribution_has_bands_and_a_median(tmp_path: Path) -> None:
+    quantiles = {0.05: [0, 1], 0.25: [1, 2], 0.5: [2, 4], 0.75: [3, 6], 0.95: [9, 9]}
+    figure = distribution_over_steps([10, 20], quantiles, "excess loss")
+    axes = figure.axes[0]
+    assert list(axes.lines[0].get_ydata()) == [2, 4] and axes.get_ylabel() == "excess loss"
+    outer, inner = (band.get_paths()[0].vertices for band in axes.collections)
+    assert (outer[:, 1].min(), outer[:, 1].max()) == (0, 9) and (inner[:, 1].min(), inner[:, 1].max()) == (1, 6)
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["5% to 95%", "25% to 75%", "median"]
+    figure.savefig(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 8), (8, 8, 3), (8, 8)])
+def test_montage_shows_every_image_in_its_own_range(shape: tuple[int, ...], tmp_path: Path) -> None:
+    images = [torch.full(shape, 5.0).numpy(), torch.arange(float(torch.tensor(shape).prod())).view(shape).numpy()] * 4
+    figure = montage(images)
+    shown = [axes.images[0].get_array() for axes in figure.axes if axes.images]
+    assert len(shown) == 8 and all(image.shape[:2] == (8, 8) for image in shown)
+    assert shown[0].max() == 0 and (shown[1].min(), shown[1].max()) == (0, 1)
+    figure.savefig(tmp_path / "a.png")

@@ -81,7 +81,7 @@ def run(
     folder: Path,
     name: str,
     config: BladeConfig | BrosConfig | CoresetConfig | MixtureConfig | None,
-    resume: Path | None = None,
+    resume: Path | bool | None = None,
     trainer_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Any:
@@ -105,7 +105,7 @@ def run(
     )
     assert trainer.args.world_size == 2, f"this test must run on two processes, got {trainer.args.world_size}"
     set_seed(11)
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    trainer.train(resume_from_checkpoint=str(resume) if isinstance(resume, Path) else resume)
     return trainer
 
 
@@ -143,6 +143,25 @@ def check(folder: Path, case: str, name: str, **kwargs: Any) -> None:
         assert torch.equal(value, tables[key]), f"{case}: the resumed {key} differs"
     fractions = [entry for entry in resumed.state.log_history if "blade/selected_fraction/web" in entry]
     assert fractions
+    if dist.get_rank() == 0:
+        print(f"{case}: passed")  # noqa: T201
+
+
+def check_a_torn_checkpoint(folder: Path, case: str) -> None:
+    """A checkpoint that is torn for one process only is taken by none, and none waits for the other."""
+    parameters = parameters_of(run(folder, "vit", BladeConfig(**ON)))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (folder / "checkpoint-6" / "rng_state_1.pth").unlink()
+    dist.barrier()
+    try:
+        run(folder, "vit", BladeConfig(**ON), resume=folder / "checkpoint-6")
+    except ValueError as error:
+        assert "checkpoint-6/rng_state_1.pth` is missing or torn" in str(error)
+    else:
+        raise AssertionError(f"{case}: resumed from a torn checkpoint")
+    resumed = run(folder, "vit", BladeConfig(**ON), resume=True)
+    assert torch.equal(parameters_of(resumed), parameters), f"{case}: not resumed from the checkpoint before"
     if dist.get_rank() == 0:
         print(f"{case}: passed")  # noqa: T201
 
@@ -255,6 +274,7 @@ def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     check(folder / "vit", "vit", "vit")
+    check_a_torn_checkpoint(folder / "torn", "torn")
     check(folder / "llama", "llama", "llama")
     check(folder / "bert", "bert", "bert")
     check(folder / "lora", "lora", "llama")

@@ -18,15 +18,7 @@ from hf_bilevel.trainers.blade import BladeConfig
 from hf_bilevel.trainers.bros import BrosConfig
 from hf_bilevel.trainers.config import BilevelConfig
 from hf_bilevel.trainers.coreset import NUM_UNIFORM, CoresetConfig
-from hf_bilevel.trainers.cost import (
-    TRAINING,
-    Load,
-    blade_passes,
-    bros_passes,
-    mixture_passes,
-    reference_schedule,
-    update_schedule,
-)
+from hf_bilevel.trainers.cost import TRAINING, Load
 from hf_bilevel.trainers.mixture import MixtureConfig
 from hf_bilevel.trainers.reference import is_peft_model
 
@@ -153,10 +145,8 @@ def _batches(batches: Batches, config: BilevelConfig, model: nn.Module) -> list[
         lines.append(f"steps of an epoch: {batches.steps_per_epoch:,} ({batches.num_rows:,} rows)")
     lines.append(f"steps of the run: {batches.steps:,}")
     if _has_dynamic_reference(config):
-        schedule = (update_schedule if isinstance(config, MixtureConfig) else reference_schedule)(
-            config, batches.steps
-        )
-        lines.append("reference: every {:,} steps it is made anew and takes {:,}".format(*schedule))
+        sync_steps, reference_steps = config.schedule(batches.steps)[:2]
+        lines.append(f"reference: every {sync_steps:,} steps it is made anew and takes {reference_steps:,}")
     return lines
 
 
@@ -186,9 +176,9 @@ def _cost(
             f"whole run: {search + plain:,.0f}, {(search + plain) / on_pool:.2f} times the plain Trainer on the pool ({on_pool:,})",
         ]
     if isinstance(config, BladeConfig):
-        total = blade_passes(config, load, _selects_tokens(config, model))
+        total = config.forward_passes(load, _selects_tokens(config, model))
     else:
-        total = (bros_passes if isinstance(config, BrosConfig) else mixture_passes)(config, load)
+        total = config.forward_passes(load)
     return [
         f"a step, on average: {total / batches.steps:,.1f}; with the plain Trainer {TRAINING * batches.rows_per_step:,}",
         f"whole run: {total:,.0f}, {total / plain:.2f} times the plain Trainer ({plain:,})",

@@ -431,6 +431,10 @@ def best_sampled_mask(
     values = losses(masks)
     finite = values.isfinite()
     if not finite.any():
-        raise ValueError(f"None of the {len(masks)} masks drawn for the final coreset has a finite loss: {values}.")
+        raise ValueError(
+            f"None of the {len(masks)} masks drawn for the final coreset has a finite loss ({values.tolist()}): every inner "
+            "training diverged, or a sample that they are judged on is broken. Lower the inner learning rate, or look for NaN "
+            "and infinite values in the pool and the target dataset."
+        )
     best = values.masked_fill(~finite, torch.inf).argmin()
     return masks[best], values[best]

@@ -3,23 +3,18 @@
 import json
 import logging
 import math
-import os
-import platform
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
 import torch
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_bilevel.cards import MethodSection, Results, check_results, model_section
 from hf_bilevel.core.selection import num_selected
@@ -39,10 +34,10 @@ from hf_bilevel.data import (
 )
 from hf_bilevel.losses import IGNORE_INDEX, SampleLossFunction, UnitLosses, evaluating, unit_losses
 from hf_bilevel.subset import SelectedSubset, dataset_facts, ranking_facts
+from hf_bilevel.trainers.checkpoints import CheckpointMixin, versions
 from hf_bilevel.trainers.config import BilevelConfig
 from hf_bilevel.trainers.cost import Load
 
-STATE_NAME = "bilevel_state.pt"
 CONFIG_NAME = "bilevel_config.json"
 FACTS_NAME = "bilevel_facts.json"
 
@@ -51,7 +46,7 @@ NUM_CHECKED_ROWS = 1000
 logger = logging.getLogger(__name__)
 
 
-class BilevelMixin:
+class BilevelMixin(CheckpointMixin):
     """Base of all methods: put one of its subclasses in front of ``Trainer`` or a subclass of it.
 
     The mixins use only seams that ``Trainer`` documents or calls by name and never copy its loop, so everything else
@@ -88,7 +83,6 @@ class BilevelMixin:
         self.bilevel_config = self.config_class() if bilevel_config is None else bilevel_config
         self.target_dataset = target_dataset
         self.compute_sample_losses = compute_sample_losses
-        self._resumed_state: dict[str, Any] | None = None
         super().__init__(model=model, args=args, **kwargs)
         self._candidate_batch_size = self.args.per_device_train_batch_size
         self._prepare_pool()
@@ -98,10 +92,6 @@ class BilevelMixin:
     @property
     def granularity(self) -> str:
         """``"token"`` or ``"sample"``: the units whose losses are compared."""
-        raise NotImplementedError
-
-    def _is_off(self) -> bool:
-        """Say whether the settings make this the plain Trainer; then nothing below touches the run."""
         raise NotImplementedError
 
     def _check_bilevel_setup(self) -> None:
@@ -132,17 +122,6 @@ class BilevelMixin:
     def _select(self, batches: list[Any], origins: list[Origin], num_items: Any) -> tuple[list[Any], Any]:
         """Turn the candidate batches of one optimizer step into what is trained on."""
         return batches, num_items
-
-    def _shared_state(self) -> dict[str, Any]:
-        """Return state that is the same on all ranks; called on all of them."""
-        return {}
-
-    def _rank_state(self) -> dict[str, Any]:
-        """Return state of this rank."""
-        return {}
-
-    def _load_state(self, shared: dict[str, Any], rank: dict[str, Any]) -> None:
-        """Restore both."""
 
     def _bilevel_metrics(self) -> dict[str, float]:
         """Return what to log since the last call; called on all ranks."""
@@ -392,142 +371,7 @@ class BilevelMixin:
             logs.update(self._bilevel_metrics())
         super().log(logs, *args, **kwargs)
 
-    # Checkpoints ----------------------------------------------------------------------------------------------------
-
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> Any:
-        """Train, as ``Trainer.train``.
-
-        Args:
-            resume_from_checkpoint: A checkpoint's path, or True for the newest one in ``output_dir`` that is whole.
-            trial: As for ``Trainer``.
-            ignore_keys_for_eval: As for ``Trainer``.
-
-        Returns:
-            The Trainer's output.
-        """
-        if resume_from_checkpoint is True and not self._is_off():
-            resume_from_checkpoint = self._newest_whole_checkpoint()
-        if resume_from_checkpoint and not self._is_off():
-            self._resumed_state = self._read_state(resume_from_checkpoint)
-        try:
-            return super().train(
-                resume_from_checkpoint=resume_from_checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval
-            )
-        finally:
-            self._resumed_state = None
-
-    def _newest_whole_checkpoint(self) -> str:
-        """Find the newest checkpoint whose state can be read; upstream would restart at step 0 without its own."""
-        checkpoints = sorted(
-            (path for path in Path(self.args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()),
-            key=lambda path: int(path.name.rsplit("-", 1)[1]) if path.name.rsplit("-", 1)[1].isdigit() else -1,
-            reverse=True,
-        )
-        reasons = []
-        for checkpoint in checkpoints:
-            try:
-                self._read_state(checkpoint)
-            except ValueError as error:
-                reasons.append(str(error))
-                logger.warning("Skipping a checkpoint: %s", error)
-            else:
-                return str(checkpoint)
-        found = " ".join(reasons) if reasons else "There is none."
-        raise ValueError(f"No checkpoint in `{self.args.output_dir}` can be resumed from. {found}")
-
-    def _read_state(self, checkpoint: str | os.PathLike) -> dict[str, Any]:
-        """Read and check the bilevel state of a checkpoint, before anything is changed by it."""
-        path, trainer_state = Path(checkpoint) / STATE_NAME, Path(checkpoint) / TRAINER_STATE_NAME
-        if not Path(checkpoint).is_dir():
-            raise ValueError(f"`{checkpoint}` is not a checkpoint folder.")
-        try:
-            json.loads(trainer_state.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ValueError(f"`{trainer_state}` is missing: the checkpoint was not written to its end.") from None
-        except (ValueError, OSError) as error:
-            raise ValueError(f"`{trainer_state}` cannot be read ({error}).") from error
-        if not path.is_file():
-            raise ValueError(
-                f"`{path}` is missing, so the run cannot be continued as it was. The checkpoint was written with "
-                f"`save_only_model=True` or by another trainer; resume from a full checkpoint of {type(self).__name__}, "
-                "or start a new run from its weights."
-            )
-        try:
-            # mmap: a reference model's weights stay on the disk until they are copied into place.
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            method, ranks = state["method"], state["ranks"]
-        except Exception as error:  # torch.load raises a dozen kinds for a damaged file
-            raise ValueError(
-                f"`{path}` cannot be read ({type(error).__name__}: {error}). Nothing was changed; resume from another "
-                "checkpoint."
-            ) from error
-        if method != self.method:
-            raise ValueError(f"`{path}` was written by the method {method!r}, not by {self.method!r}.")
-        if any(ranks) and len(ranks) != self.args.world_size:
-            raise ValueError(
-                f"`{path}` holds the state of {len(ranks)} processes, this run has {self.args.world_size}. Resume with "
-                f"{len(ranks)} processes."
-            )
-        return state
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self._is_off():
-            return
-        shared, rank = self._shared_state(), self._rank_state()
-        ranks = gather_object([rank]) if self.args.world_size > 1 else [rank]
-        if self.args.should_save:
-            path = Path(output_dir) / STATE_NAME
-            partial = path.with_suffix(".partial")
-            state = {"method": self.method, "config": self.bilevel_config.to_dict(), "shared": shared, "ranks": ranks}
-            torch.save(state, partial)
-            os.replace(partial, path)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or self._is_off():
-            return
-        state = self._resumed_state if self._resumed_state is not None else self._read_state(checkpoint)
-        self._say_what_changed(state["config"])
-        ranks = state["ranks"]
-        self._load_state(state["shared"], ranks[self.args.process_index] if any(ranks) else {})
-
-    def _say_what_changed(self, config_before: dict[str, Any]) -> None:
-        config = self.bilevel_config.to_dict()
-        changed = [key for key, value in config.items() if config_before.get(key) != value]
-        if changed:
-            before, now = ({key: source.get(key) for key in changed} for source in (config_before, config))
-            logger.warning("The bilevel settings changed since the checkpoint: %s, now %s.", before, now)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._keys_were_renamed = False
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._reload_if_renamed(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        self._keys_were_renamed = False
-        super()._load_best_model()
-        self._reload_if_renamed(self.state.best_model_checkpoint)
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        self._keys_were_renamed = bool(load_result.missing_keys) and bool(load_result.unexpected_keys)
-        if not self._keys_were_renamed:
-            super()._issue_warnings_after_load(load_result)
-
-    def _reload_if_renamed(self, checkpoint: str) -> None:
-        """Load a checkpoint whose keys differ from the model's, which upstream skips with a warning.
-
-        In transformers 5.23 ``save_pretrained`` writes some models (ViT) under their older names, which
-        ``from_pretrained`` translates and ``Trainer`` does not: it would resume from fresh weights.
-        """
-        if self._keys_were_renamed:
-            weights = type(self.model).from_pretrained(checkpoint, dtype=self.model.dtype).state_dict()
-            self.model.load_state_dict(weights)
+    # Facts ----------------------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict=state_dict)
@@ -535,8 +379,6 @@ class BilevelMixin:
             folder = Path(self.args.output_dir if output_dir is None else output_dir)
             for name, content in ((CONFIG_NAME, self.bilevel_config.to_dict()), (FACTS_NAME, self.bilevel_facts())):
                 (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-    # Facts ----------------------------------------------------------------------------------------------------------
 
     def bilevel_facts(self) -> dict[str, Any]:
         """Collect what a reader needs to judge or repeat the run, as JSON-compatible values, for the model card."""
@@ -553,7 +395,7 @@ class BilevelMixin:
             "num_pool": None if self._is_stream or self.train_dataset is None else len(self.train_dataset),
             "num_target": None if self.target_dataset is None else len(self.target_dataset),
             "domain_names": self.domain_names,
-            "versions": _versions(),
+            "versions": versions(),
         }
 
     def create_model_card(
@@ -709,13 +551,3 @@ class BilevelMixin:
             if key.startswith("eval_") and not key.endswith(("_runtime", "_per_second"))
             if isinstance(value, (int, float)) and math.isfinite(value)
         }
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in ("hf_bilevel", "transformers", "datasets", "accelerate", "torch"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:  # used from a folder; no reason to lose a checkpoint
-            versions[name] = "not installed"
-    return versions

@@ -34,10 +34,10 @@ from hf_bilevel.losses import (
     token_losses_from_logits,
     unsupported_head,
 )
-from hf_bilevel.plots import lines_over_steps
+from hf_bilevel.plots import distribution_over_steps, lines_over_steps
 from hf_bilevel.subset import SelectedSubset
 from hf_bilevel.trainers.config import BilevelConfig
-from hf_bilevel.trainers.cost import Load, blade_passes
+from hf_bilevel.trainers.cost import TRAINING, Load
 from hf_bilevel.trainers.reference import ReferenceMixin
 
 _PAPER = (
@@ -51,6 +51,8 @@ _STATIC_PAPERS = (
 
 NUM_SCORED_TOGETHER = 8
 """Batches scored by one model before the other takes its turn: an adapter or a parked copy is swapped in once for them."""
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # of the scores, in the log
 
 
 @dataclass
@@ -180,6 +182,34 @@ class BladeConfig(BilevelConfig):
                 "`score='loss'` to select the highest losses, or `reference='dynamic'`."
             )
 
+    def schedule(self, max_steps: int) -> tuple[int, int, int]:
+        """Resolve T, K, and K of the first synchronisation, for a run of so many optimizer steps."""
+        given = (None if value == "auto" else value for value in (self.sync_steps, self.reference_steps))
+        sync_steps, reference_steps = synchronisation_schedule(*given, max_steps=max(1, max_steps))
+        first = self.first_reference_steps
+        return sync_steps, reference_steps, reference_steps if first == "auto" else first
+
+    def forward_passes(self, load: Load, selects_tokens: bool) -> float:
+        """Count the forward passes of one row in a run, evaluation left out; a forward and backward pass counts 3."""
+        rows, steps, size = load.rows_per_step, load.steps, load.batch_size
+        if self.selection_ratio == 1:
+            return load.plain_passes
+        selecting = max(0, steps - self.start_step)
+        share = 1.0 if selects_tokens else num_selected(self.selection_ratio, size) / size
+        if selects_tokens:
+            scoring = int(self.score == "excess_loss")  # the model's own losses come from the training pass
+        else:
+            scoring = {"excess_loss": 2, "loss": 1, "random": 1}[self.score]  # not finite losses are never drawn
+        total = TRAINING * rows * (steps - selecting) + (scoring + TRAINING * share) * rows * selecting
+        if (self.score, self.reference) == ("excess_loss", "dynamic") and selecting:
+            sync_steps, reference_steps, first = self.schedule(steps)
+            later = (math.ceil(selecting / sync_steps) - 1) * reference_steps
+            target = TRAINING * (self.target_batch_size or size)
+            lower = 0 if self.penalty == 0 else size
+            per_process = first * (target + TRAINING * lower) + later * (target + (2 + TRAINING * share) * lower)
+            total += per_process * load.num_processes
+        return total
+
 
 class BladeMixin(ReferenceMixin):
     """BLADE for ``Trainer`` and its subclasses; see ``BladeTrainer``.
@@ -193,6 +223,7 @@ class BladeMixin(ReferenceMixin):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._pending: deque[tuple[Origin, Tensor | None]] = deque()  # what compute_loss needs for each micro-batch
+        self._last_scores: Tensor | None = None  # of the last candidates on this process, for the log
         self.sample_tally: SelectionTally | None = None
         super().__init__(*args, **kwargs)
 
@@ -401,6 +432,7 @@ class BladeMixin(ReferenceMixin):
         ``offered``, ``selected`` and ``score_rows`` are per row; the others per unit.
         """
         finite = valid & scores.isfinite()
+        self._last_scores = torch.where(finite, scores.detach(), torch.nan)
         score_rows = score_rows.nan_to_num(0.0, 0.0, 0.0)
         kept_scores = torch.where(keep, scores, 0.0).sum()
         all_scores = torch.where(finite, scores, 0.0).sum()
@@ -476,11 +508,7 @@ class BladeMixin(ReferenceMixin):
     @property
     def _schedule(self) -> tuple[int, int, int]:
         """T, K, and K of the first synchronisation."""
-        config = self.bilevel_config
-        given = (None if value == "auto" else value for value in (config.sync_steps, config.reference_steps))
-        sync_steps, reference_steps = synchronisation_schedule(*given, max_steps=max(1, self.state.max_steps))
-        first = config.first_reference_steps
-        return sync_steps, reference_steps, reference_steps if first == "auto" else first
+        return self.bilevel_config.schedule(self.state.max_steps)
 
     def _synchronise_if_due(self, step: int) -> None:
         sync_steps, reference_steps, first_reference_steps = self._schedule
@@ -628,6 +656,13 @@ class BladeMixin(ReferenceMixin):
             metrics[f"blade/{name}_selected_mean"] = kept_scores / max(1.0, selected)
             metrics["blade/selected_fraction"] = selected / offered
             metrics["blade/num_excluded"] = excluded
+            if self._last_scores is not None:
+                probabilities = torch.tensor(QUANTILES, device=self._last_scores.device)
+                found = self._last_scores.float().flatten().nanquantile(probabilities).tolist()
+                metrics |= {
+                    f"blade/{name}_q{round(100 * p):02}": value for p, value in zip(QUANTILES, found, strict=True)
+                }
+                self._last_scores = None
         if self._reference_losses:
             metrics["blade/reference_loss"] = float(torch.cat(self._reference_losses).mean())
             self._reference_losses = []
@@ -655,7 +690,7 @@ class BladeMixin(ReferenceMixin):
         return facts
 
     def _forward_passes(self, load: Load) -> float:
-        return blade_passes(self.bilevel_config, load, self.granularity == "token")
+        return self.bilevel_config.forward_passes(load, self.granularity == "token")
 
     def _method_section(self) -> MethodSection | None:
         config, kind = self.bilevel_config, self._reference_kind
@@ -749,6 +784,13 @@ class BladeMixin(ReferenceMixin):
         ):
             if lines and max(len(steps) for steps, _ in lines.values()) > 1:
                 plots[file] = (description, partial(lines_over_steps, lines, label))
+        quantiles = {p: self._logged(f"{start}_q{round(100 * p):02}") for p in QUANTILES}
+        lines = {p: line for p, found in quantiles.items() for line in found.values()}
+        if len(lines) == len(QUANTILES) and len(lines[0.5][0]) > 1:
+            plots["blade_distribution.png"] = (
+                f"Distribution of the {name} of the candidates over the optimizer steps",
+                partial(distribution_over_steps, lines[0.5][0], {p: line[1] for p, line in lines.items()}, name),
+            )
         return plots
 
 

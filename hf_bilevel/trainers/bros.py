@@ -30,10 +30,12 @@ from hf_bilevel.plots import lines_over_steps, weights_histogram
 from hf_bilevel.subset import SelectedSubset
 from hf_bilevel.trainers.base import BilevelMixin
 from hf_bilevel.trainers.config import BilevelConfig
-from hf_bilevel.trainers.cost import Load, bros_passes
+from hf_bilevel.trainers.cost import TRAINING, Load
 from hf_bilevel.trainers.reference import is_peft_model
 
 MIN_COVERAGE = 10
+
+UPPER_LEARNING_RATES = {"table": 0.3, "domain": 0.01, "network": 0.001}
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # of the weights, in the model card
 
@@ -83,8 +85,8 @@ class BrosConfig(BilevelConfig):
     a new P every step           refresh_steps            1               "auto": as long as the subspaces of a run cover
                                                                           the space 10 times; AdamW keeps its state
     bi-probe correction          estimator                bi_probe        one_sided: unbiased too, and less noisy
-    :math:`\alpha`               upper_learning_rate      0.01            0.3 of a logit for a typical visit of a sample,
-                                                                          see ``normalise_hypergradient``
+    :math:`\alpha`               upper_learning_rate      0.01            "auto": 0.3 of a logit for a typical visit of a
+                                                                          sample, see ``normalise_hypergradient``
     :math:`1 - \theta`           1 - moving_average       0.9             0.9
     :math:`\gamma`               auxiliary_learning_rate  0.01            "auto": half of the inverse of the curvature seen
     1e-4 \|w\|² in g             damping                  1e-4            0.3 of the curvature seen: the Hessian of a
@@ -93,9 +95,9 @@ class BrosConfig(BilevelConfig):
 
     Args:
         upper_variable: ``"table"``: a logit for every sample; ``"network"``: a small network from a sample's loss to its
-            weight (Meta-Weight-Net), also for streams, see the warning of ``BrosTrainer``; ``"domain"``: a logit for every domain; ``"fixed"``: nothing is
-            learned, and samples are weighted by the ``sample_weights`` given to the trainer. Without them and with
-            ``rank="full"`` the run is the plain Trainer's, bit for bit.
+            weight (Meta-Weight-Net), also for streams; ``"domain"``: a logit for every domain; ``"fixed"``: nothing is learned,
+            and samples are weighted by the ``sample_weights`` given to the trainer. Without them and with ``rank="full"`` the
+            run is the plain Trainer's, bit for bit.
         weight_function: From logits to weights, for table and domain: ``"sigmoid"``, free of each other in (0, 1);
             ``"projected"``, no logits but the weights themselves, kept in [0, 1]; ``"softmax"``, with mean 1. A network's
             are sigmoid.
@@ -113,13 +115,14 @@ class BrosConfig(BilevelConfig):
         hessian_action: ``"finite_differences"``, or ``"double_backward"`` for comparison: exact, in full space, and several
             times the memory.
         update_every: Optimizer steps for each update of auxiliary and upper variable; the others are ordinary steps.
-        start_step: Optimizer step of the first update. Keep it low: what the model has memorised with wrong labels
-            no longer stands out.
+        start_step: Optimizer step of the first update, or "auto": 0, and a sixteenth of the run for a network, because
+            losses say nothing about samples before the model has learned something. Keep it low: what the model has memorised
+            with wrong labels no longer stands out.
         normalise_hypergradient: Divide the upper step by the root mean square of recent hypergradients, one number for all
             samples. Otherwise ``upper_learning_rate`` is the paper's, and must be of the size of the pool.
-        upper_learning_rate: Learning rate of the upper variable; it follows the Trainer's schedule. The default is for a
-            table, of which a step moves the samples of one batch. A step moves all of a network or of the domains: 0.01 to
-            0.02 there.
+        upper_learning_rate: Learning rate of the upper variable, which follows the Trainer's schedule, or "auto": 0.3 for a
+            table, of which a step moves the samples of one batch. A step moves all of the domains, and all of a network's
+            few hundred parameters, which add up: 0.01 and 0.001 there.
         moving_average: Share of a new hypergradient in their moving average, in (0, 1]; 1 is SOBA.
         auxiliary_learning_rate: Learning rate of z in full space, or "auto"; in a subspace times r / m.
         damping: Damping of the linear system. With an "auto" learning rate relative to the curvature seen, else absolute.
@@ -165,11 +168,15 @@ class BrosConfig(BilevelConfig):
         default="finite_differences", metadata={"help": "finite_differences, or double_backward for comparison."}
     )
     update_every: int = field(default=1, metadata={"help": "Optimizer steps for each update of the weights."})
-    start_step: int = field(default=0, metadata={"help": "Optimizer step at which the weights begin to learn."})
+    start_step: str = field(
+        default="auto", metadata={"help": "Optimizer step at which the weights begin to learn, or auto."}
+    )
     normalise_hypergradient: bool = field(
         default=True, metadata={"help": "Scale steps of the upper variable by the size of recent hypergradients."}
     )
-    upper_learning_rate: float = field(default=0.3, metadata={"help": "Learning rate of the upper variable."})
+    upper_learning_rate: str = field(
+        default="auto", metadata={"help": "Learning rate of the upper variable, or auto."}
+    )
     moving_average: float = field(
         default=0.1, metadata={"help": "Share of a new hypergradient in their moving average, in (0, 1]."}
     )
@@ -189,6 +196,8 @@ class BrosConfig(BilevelConfig):
     _numbers_or_words: ClassVar[dict[str, tuple[type, str]]] = {
         "rank": (float, "full"),
         "refresh_steps": (int, "auto"),
+        "start_step": (int, "auto"),
+        "upper_learning_rate": (float, "auto"),
         "auxiliary_learning_rate": (float, "auto"),
     }
     _choices: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -215,7 +224,7 @@ class BrosConfig(BilevelConfig):
         for name in ("refresh_steps", "update_every"):
             if getattr(self, name) != "auto" and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if self.start_step < 0:
+        if self.start_step != "auto" and self.start_step < 0:
             raise ValueError(f"`start_step` must not be negative, got {self.start_step}.")
         for name in ("upper_learning_rate", "auxiliary_learning_rate"):
             if getattr(self, name) != "auto" and not 0 < getattr(self, name) < math.inf:
@@ -226,6 +235,23 @@ class BrosConfig(BilevelConfig):
             raise ValueError(f"`damping` must be finite and not negative, got {self.damping}.")
         if self.upper_variable == "domain" and self.domain_column is None:
             raise ValueError("`upper_variable='domain'` needs `domain_column`, the column that names the domains.")
+
+    def first_update(self, max_steps: int) -> int:
+        """Resolve ``start_step`` for a run of so many optimizer steps."""
+        if self.start_step != "auto":
+            return self.start_step
+        return max_steps // 16 if self.upper_variable == "network" else 0
+
+    def forward_passes(self, load: Load) -> float:
+        """Count the forward passes of one row in a run, evaluation left out; a forward and backward pass counts 3."""
+        if self.upper_variable == "fixed":
+            return load.plain_passes
+        updates = math.ceil(max(0, load.steps - self.first_update(load.steps)) / self.update_every)
+        extra = {"one_sided": TRAINING, "two_sided": TRAINING + 2, "bi_probe": 3 * TRAINING + 2}[self.estimator]
+        if self.hessian_action == "double_backward":
+            extra = 2 * TRAINING  # what differentiating a forward and backward pass costs
+        target = (self.target_batch_size or load.batch_size) * load.num_processes
+        return load.plain_passes + updates * (extra * load.rows_per_step + TRAINING * target)
 
 
 class BrosMixin(BilevelMixin):
@@ -414,10 +440,16 @@ class BrosMixin(BilevelMixin):
             )
             self.upper_step = UpperStep(
                 [parameter.detach() for parameter in self.upper.parameters()],
-                learning_rate=config.upper_learning_rate,
+                learning_rate=self.upper_learning_rate,
                 moving_average=config.moving_average,
                 normalised=config.normalise_hypergradient,
             )
+
+    @property
+    def upper_learning_rate(self) -> float:
+        """The learning rate of the upper variable, with "auto" resolved."""
+        given = self.bilevel_config.upper_learning_rate
+        return UPPER_LEARNING_RATES[self.bilevel_config.upper_variable] if given == "auto" else given
 
     def _make_weights(self) -> None:
         """Make the upper variable, or the table of given weights."""
@@ -519,7 +551,7 @@ class BrosMixin(BilevelMixin):
             )
 
     def _updates(self) -> bool:
-        since = self.state.global_step - self.bilevel_config.start_step
+        since = self.state.global_step - self.bilevel_config.first_update(self.state.max_steps)
         return self._learns() and since >= 0 and since % self.bilevel_config.update_every == 0
 
     def training_step(
@@ -800,10 +832,12 @@ class BrosMixin(BilevelMixin):
         if self.blocks is not None:
             facts["num_projected_layers"] = len(self.blocks.projected)
             facts["refresh_steps"] = self.refresh_steps
+            if self._learns():
+                facts["upper_learning_rate"] = self.upper_learning_rate
         return facts
 
     def _forward_passes(self, load: Load) -> float:
-        return bros_passes(self.bilevel_config, load)
+        return self.bilevel_config.forward_passes(load)
 
     def _method_section(self) -> MethodSection | None:
         if self.blocks is None or self.state.global_step == 0:
@@ -923,10 +957,10 @@ class BrosTrainer(BrosMixin, Trainer):
     """Learn how much each training sample should count, judged by a small target dataset (BROS).
 
     Use it when the pool has wrong labels, corrupted or unbalanced samples, and to find them: ``suspicious_samples()``. It
-    needs visits: a sample's weight moves only when the sample is drawn, so give it at least ten epochs, or use
-    ``upper_variable="domain"``. ``upper_variable="network"`` shares what it learns over all samples and is not proven: trained
-    from scratch on noisy labels its weights ran to 1 in the first steps and stayed there, so look at them. Do not expect a
-    gain on a pool that is clean and on target.
+    needs visits: a sample's weight moves only when the sample is drawn, so give a table at least ten epochs.
+    ``upper_variable="network"`` shares what it learns over all samples and finds wrong labels faster and better; it sees
+    nothing of a sample but its loss. ``upper_variable="domain"`` needs the fewest. Do not expect a gain on a pool that is clean
+    and on target.
 
     Change ``Trainer`` to ``BrosTrainer`` and pass ``target_dataset``. The model is trained in random subspaces: optimizer
     state, gradients and, for linear layers, stored activations shrink with ``rank``, and the auxiliary variable, one tensor

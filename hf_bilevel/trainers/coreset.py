@@ -5,20 +5,22 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
+import numpy as np
 import torch
 from accelerate.utils import broadcast, gather
 from torch import Tensor, nn
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
 from transformers import Trainer
+from transformers.integrations.integration_utils import TensorBoardCallback, default_logdir
 
 from hf_bilevel.cards import MethodSection
 from hf_bilevel.core.coreset import (
@@ -36,13 +38,15 @@ from hf_bilevel.core.selection import num_selected
 from hf_bilevel.data import CollatedRows, derive_seed, private_randomness
 from hf_bilevel.inner_training import OPTIMIZERS, BatchedEngine, InnerTraining, SequentialEngine, stacking_pays
 from hf_bilevel.losses import UnitLosses, find_head, unit_losses, unsupported_head
-from hf_bilevel.plots import domain_shares, kept_against_dropped, upper_losses_over_search
+from hf_bilevel.plots import domain_shares, kept_against_dropped, montage, upper_losses_over_search
 from hf_bilevel.subset import SelectedSubset
 from hf_bilevel.tangent_kernel import KernelEngine
 from hf_bilevel.trainers.base import BilevelMixin
+from hf_bilevel.trainers.checkpoints import write_state
 from hf_bilevel.trainers.config import BilevelConfig
 
 SEARCH_FOLDER = "coreset_search"
+MAX_IMAGES = 60  # in the card's picture
 STATE_NAME = "state.pt"
 INITIALISATION_NAME = "initialisation.pt"
 
@@ -252,13 +256,11 @@ class CoresetMixin(BilevelMixin):
         trains = {"inner_steps", "inner_batch_size", "inner_learning_rate", "inner_optimizer", "num_upper_rows"}
         with_kernel = self.bilevel_config.engine == "kernel"
         unused = trains if with_kernel else {"ridge"}
-        ignored = [f.name for f in fields(self.bilevel_config) if f.name in unused and self._is_set(f)]
+        config = self.bilevel_config
+        ignored = [f.name for f in fields(config) if f.name in unused and getattr(config, f.name) != f.default]
         if ignored:
             why = "nothing is trained" if with_kernel else "only `engine='kernel'` fits a regression"
             warnings.warn(f"Ignored, since {why}: {', '.join(f'`{name}`' for name in ignored)}.", stacklevel=6)
-
-    def _is_set(self, entry: Field) -> bool:
-        return getattr(self.bilevel_config, entry.name) != entry.default
 
     def _selects_rows(self) -> bool:
         return True
@@ -302,6 +304,7 @@ class CoresetMixin(BilevelMixin):
         start = first_probabilities(len(self.train_dataset), initial_size)
         progress = _Search(CoresetProbabilities(start, shared_scale=self.bilevel_config.engine == "kernel"))
         folder = Path(self.args.output_dir) / SEARCH_FOLDER
+        self._place_event_files()
         if resume_from_checkpoint:
             self._load_search(progress, folder if resume_from_checkpoint is True else Path(resume_from_checkpoint))
         self._synchronise_model()
@@ -313,6 +316,12 @@ class CoresetMixin(BilevelMixin):
         self._subset = self._make_subset(progress, mask, losses)
         self._searched_losses, self._search_seconds = progress.objectives, time.monotonic() - started
         return self._subset
+
+    def _place_event_files(self) -> None:
+        """Let TensorBoard's callback write where it would once training has begun; a search logs before that."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = os.path.join(self.args.output_dir, default_logdir())
 
     def _run(self, progress: "_Search", engine: Engine, initial_size: int, size: int, folder: Path) -> None:
         config = self.bilevel_config
@@ -501,7 +510,7 @@ class CoresetMixin(BilevelMixin):
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / STATE_NAME).unlink(missing_ok=True)  # of an earlier search
-            _write(self._searched_model().state_dict(), folder / INITIALISATION_NAME)
+            write_state(self._searched_model().state_dict(), folder / INITIALISATION_NAME)
 
     def _save_search(self, progress: "_Search", folder: Path) -> None:
         if self.args.should_save:
@@ -512,7 +521,7 @@ class CoresetMixin(BilevelMixin):
                 "seed": self._seed,
                 "search": progress.state_dict(),
             }
-            _write(state, folder / STATE_NAME)
+            write_state(state, folder / STATE_NAME)
 
     def _load_search(self, progress: "_Search", folder: Path) -> None:
         path = folder / STATE_NAME
@@ -558,7 +567,7 @@ class CoresetMixin(BilevelMixin):
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         if self.train_dataset is not self._prepared_pool:
             self._prepare_pool()
-        if resume_from_checkpoint is True and not self._has_checkpoint():
+        if resume_from_checkpoint is True and not self._whole_checkpoints()[0]:
             self.search(resume_from_checkpoint=True)
             resume_from_checkpoint = None
         elif resume_from_checkpoint:
@@ -576,9 +585,6 @@ class CoresetMixin(BilevelMixin):
         finally:
             self.train_dataset = self._prepared_pool = pool
             self._domain_ids, self._on_coreset = domain_ids, False
-
-    def _has_checkpoint(self) -> bool:
-        return any(Path(self.args.output_dir).glob("checkpoint-*"))
 
     def selected_subset(self) -> SelectedSubset:
         """Return the coreset.
@@ -696,6 +702,9 @@ class CoresetMixin(BilevelMixin):
                 "Share of every domain in the pool and in the coreset",
                 partial(domain_shares, **facts["domains"]),
             )
+        if images := self._chosen_images():
+            shown = f"The {len(images)} most probable samples" if len(images) < size else "All samples of the coreset"
+            plots["coreset_images.png"] = (shown, partial(montage, images))
         return MethodSection(
             title="Coreset",
             about=f": it searched the {size:,} rows of the pool on which {fitted} reaches the lowest loss on {judge}, and trained the "
@@ -706,6 +715,15 @@ class CoresetMixin(BilevelMixin):
             statistics=statistics,
             plots=plots,
         )
+
+    def _chosen_images(self) -> list[Any]:
+        """Collect images of the coreset, the most probable first; none if the pool's rows hold none."""
+        rows = [self.train_dataset[int(i)] for i in self._subset.ids[:MAX_IMAGES]]
+        for key in ("pixel_values", "image"):
+            if all(isinstance(row, Mapping) and key in row for row in rows):
+                images = [np.asarray(row[key]) for row in rows]
+                return images if all(image.ndim in (2, 3) for image in images) else []
+        return []
 
 
 def _losses_beside_differences(engine: KernelEngine, masks: Tensor, mine: list[int]) -> Tensor:
@@ -770,12 +788,6 @@ class _Search:
         self.search.load_state_dict(state["search"])
         self.step, self.num_diverged = state["step"], state["num_diverged"]
         self.num_lost_in_a_row, self.objectives = state["num_lost_in_a_row"], state["objectives"]
-
-
-def _write(state: dict[str, Any], path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
 
 
 def _rows_of(pool: Any, ids: Tensor) -> Any:

@@ -49,7 +49,7 @@ from hf_bilevel.mixing import MixtureDraws, MixtureSampler, MixtureStream, Numbe
 from hf_bilevel.plots import domain_weights_over_time
 from hf_bilevel.subset import SelectedSubset
 from hf_bilevel.trainers.config import BilevelConfig
-from hf_bilevel.trainers.cost import Load, mixture_passes
+from hf_bilevel.trainers.cost import TRAINING, Load
 from hf_bilevel.trainers.domain_evaluation import DomainEvaluationMixin
 from hf_bilevel.trainers.reference import ReferenceMixin, has_forward_of_its_own
 
@@ -187,6 +187,29 @@ class MixtureConfig(BilevelConfig):
         if self.probe_batches < 1:
             raise ValueError(f"`probe_batches` must be at least 1, got {self.probe_batches}.")
 
+    def schedule(self, max_steps: int) -> tuple[int, int]:
+        """Resolve T and K for a run of so many optimizer steps."""
+        inner, repeated = self.inner_steps, self.reference_steps
+        if inner == "auto" and self.hypergradient == "alignment":
+            inner = 1
+        elif inner == "auto":
+            inner = max(optimal_inner_steps(max(1, max_steps)), 1 if repeated == "auto" else repeated)
+        return inner, max(1, inner // 10) if repeated == "auto" else repeated
+
+    def forward_passes(self, load: Load) -> float:
+        """Count the forward passes of one row in a run, evaluation left out; a forward and backward pass counts 3."""
+        rows, steps, plain = load.rows_per_step, load.steps, load.plain_passes
+        if self.mixture != "learned":
+            return plain
+        if self.hypergradient == "unrolled":
+            return plain + steps * 2 * TRAINING * rows  # a Hessian action for every step
+        target = TRAINING * (self.target_batch_size or load.batch_size) * load.num_processes
+        probe = 2 * self.probe_batches * load.batch_size * load.num_processes
+        inner, repeated = self.schedule(steps)
+        if self.hypergradient == "alignment":
+            return plain + (steps - 1) // inner * (target + probe)
+        return plain + (steps - 1) // inner * (repeated * (TRAINING * rows + target) + probe)
+
 
 class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
     """Learned domain weights for ``Trainer`` and its subclasses; see ``MixtureTrainer``.
@@ -240,19 +263,12 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
     @property
     def inner_steps(self) -> int:
         """T with "auto" resolved; known once training has begun."""
-        config = self.bilevel_config
-        if config.inner_steps != "auto":
-            return config.inner_steps
-        if config.hypergradient == "alignment":
-            return 1
-        steps = optimal_inner_steps(max(1, self.state.max_steps))
-        return steps if config.reference_steps == "auto" else max(steps, config.reference_steps)
+        return self.bilevel_config.schedule(self.state.max_steps)[0]
 
     @property
     def reference_steps(self) -> int:
         """K with "auto" resolved; known once training has begun."""
-        given = self.bilevel_config.reference_steps
-        return max(1, self.inner_steps // 10) if given == "auto" else given
+        return self.bilevel_config.schedule(self.state.max_steps)[1]
 
     def _check_bilevel_setup(self) -> None:
         if self._is_off():
@@ -304,12 +320,8 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
         self._check_target_dataset()
         if config.hypergradient == "penalty":
             self._check_reference("dynamic")
-            if getattr(self.args, "loss_type", "nll") != "nll" and has_forward_of_its_own(unwrap(self.model)):
-                raise ValueError(
-                    f"`loss_type={self.args.loss_type!r}` is computed in a forward that belongs to the trained model alone, and "
-                    "the twin of `hypergradient='penalty'` would train with another loss. Use `hypergradient='alignment'`, or "
-                    "`loss_type='nll'`."
-                )
+            if has_forward_of_its_own(unwrap(self.model)):
+                self._check_loss_of_twin()
             if self._given_optimizer is not None:
                 raise ValueError(
                     "`hypergradient='penalty'` builds an optimizer for the twin as the Trainer builds its own, so it cannot "
@@ -325,6 +337,21 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
         if config.hypergradient == "unrolled":
             self._check_unrolled()
         self._check_losses(self.target_dataset)
+
+    def _check_loss_of_twin(self) -> None:
+        """Refuse losses that the twin, which has no such forward, could not repeat."""
+        others = {
+            f"`loss_type={getattr(self.args, 'loss_type', None)!r}`": getattr(self.args, "loss_type", "nll") != "nll",
+            "`compute_loss_func`": self.compute_loss_func is not None,
+            "`label_smoothing_factor`": self.label_smoother is not None,
+        }
+        for given, is_given in others.items():
+            if is_given:
+                raise ValueError(
+                    f"{given} is computed from a forward that belongs to the trained model alone, and the twin of "
+                    "`hypergradient='penalty'` would train with another loss. Use `hypergradient='alignment'`, or the loss of "
+                    "the model's head."
+                )
 
     def _check_unrolled(self) -> None:
         given = self._given_optimizer
@@ -993,7 +1020,7 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
         return facts
 
     def _forward_passes(self, load: Load) -> float:
-        return mixture_passes(self.bilevel_config, load) if self._learns() else load.plain_passes
+        return self.bilevel_config.forward_passes(load) if self._learns() else load.plain_passes
 
     def _method_section(self) -> MethodSection | None:
         if self._domains is None:

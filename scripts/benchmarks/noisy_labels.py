@@ -10,8 +10,9 @@ were: BLADE's by the test accuracy of seeds 0 and 1 in trials with a stand-alone
 wrong labels from right ones on seed 0. Seeds 2 to 4 had no part in it.
 
 `bros` and `masoba` learn a weight for every sample, in subspaces and in full space; both take all candidates, and start with a
-fresh model after half of the steps, from the weights learned so far. `second_pass` is a plain training from scratch on the
-pool weighted by what `bros` has learned, with the weights fixed.
+fresh model after half of the steps, from the weights learned so far. `bros_network` and `masoba_network` learn a small network
+from a sample's loss to its weight (`upper_variable="network"`), in one go. `second_pass` and `second_pass_network` are plain
+trainings from scratch on the pool weighted by what `bros` and `bros_network` have learned, with the weights fixed.
 
 Three accuracies per run: of the last weights (`accuracy`, the figure to quote), of an exponential average of the weights
 (`accuracy_averaged`), and of the checkpoint with the best accuracy on the target dataset (`accuracy_stopped`): early
@@ -45,7 +46,10 @@ from transformers import (
 
 from hf_bilevel import BladeConfig, BladeTrainer, BrosConfig, BrosTrainer, SampleWeights
 
-ARMS = ("all", "random", "loss", "static", "blade", "bros", "second_pass", "masoba", "clean")
+ARMS = (
+    *("all", "random", "loss", "static", "blade", "bros", "second_pass", "masoba"),
+    *("bros_network", "second_pass_network", "masoba_network", "clean"),
+)
 CANDIDATES, RATIO = 256, 0.25
 BLADE = {
     "penalty": 0.0,
@@ -55,9 +59,16 @@ BLADE = {
     "target_batch_size": 64,
 }
 STATIC_STEPS = 300
-BROS = {"rank": 0.25, "upper_learning_rate": 0.3, "target_batch_size": 200}
-BROS_ROUNDS = 2
-BROS_LEARNING_RATE = {"bros": 4e-3, "masoba": 1e-3}  # a subspace is slower to train in
+BROS = {"rank": 0.25, "target_batch_size": 200}
+BROS_ARMS = {
+    "bros": {},
+    "masoba": {"rank": "full"},
+    "bros_network": {"upper_variable": "network"},
+    "masoba_network": {"upper_variable": "network", "rank": "full"},
+}
+BROS_ROUNDS = {"table": 2, "network": 1}
+BROS_LEARNING_RATE = {"full": 1e-3, 0.25: 4e-3}  # by rank: a subspace is slower to train in
+SECOND_PASS = {"second_pass": "bros", "second_pass_network": "bros_network"}
 SWEEP = (
     "",
     "penalty=0.1",
@@ -145,12 +156,12 @@ def run_arm(
     """Train one arm; ``learned`` takes the weights from ``bros`` to ``second_pass``."""
 
     def train(rows: list[dict], batch_size: int, max_steps: int, config=None, seed: int = seed, **kwargs):
-        linear = config is None and rows is data["target"] or arm in BROS_LEARNING_RATE
+        linear = config is None and rows is data["target"] or arm in BROS_ARMS
         args = TrainingArguments(
             folder,
             max_steps=max_steps,
             per_device_train_batch_size=batch_size,
-            learning_rate=BROS_LEARNING_RATE.get(arm, 1e-3),
+            learning_rate=BROS_LEARNING_RATE[config.rank] if arm in BROS_ARMS else 1e-3,
             lr_scheduler_type="linear" if linear else "constant",
             logging_steps=max_steps,
             save_strategy="no",
@@ -163,7 +174,7 @@ def run_arm(
         trainer_class = {type(None): Trainer, BladeConfig: BladeTrainer, BrosConfig: BrosTrainer}[type(config)]
         if config is not None:
             kwargs |= {"bilevel_config": config}
-        if config is not None and arm != "second_pass":
+        if config is not None and arm not in SECOND_PASS:
             kwargs |= {"target_dataset": data["target"]}
         trainer = trainer_class(**common, callbacks=[probe], **kwargs)
         trainer.remove_callback(PrinterCallback)
@@ -181,16 +192,18 @@ def run_arm(
         reference = train(data["target"], 64, min(STATIC_STEPS, steps))[0].model
         config = BladeConfig(selection_ratio=RATIO, reference="static")
         trainer, probe = train(data["pool"], CANDIDATES, steps, config, reference_model=reference)
-    elif arm in BROS_LEARNING_RATE:
-        config = BrosConfig(**BROS | ({"rank": "full"} if arm == "masoba" else {}))
-        learned[arm] = None
-        for k in range(BROS_ROUNDS):
+    elif arm in BROS_ARMS:
+        config = BrosConfig(**BROS | BROS_ARMS[arm])
+        rounds, learned[arm] = BROS_ROUNDS[config.upper_variable], None
+        for k in range(rounds):
             start = {"seed": seed + 100 * k, "sample_weights": learned[arm]}
-            trainer, probe = train(data["pool"], CANDIDATES, steps // BROS_ROUNDS, config, **start)
+            trainer, probe = train(data["pool"], CANDIDATES, steps // rounds, config, **start)
             learned[arm] = trainer.sample_weights
-    elif arm == "second_pass":
+    elif arm in SECOND_PASS:
         config = BrosConfig(upper_variable="fixed", rank="full")
-        trainer, probe = train(data["pool"], small_batch, steps, config, sample_weights=learned["bros"])
+        trainer, probe = train(
+            data["pool"], small_batch, steps, config, sample_weights=learned[SECOND_PASS[arm]]
+        )
     else:
         config = BladeConfig(**{"selection_ratio": RATIO, **BLADE, **settings})
         config.first_reference_steps = min(config.first_reference_steps, steps)
@@ -229,7 +242,7 @@ def summarise(rows: list[dict], arms: list[str]) -> dict[str, float]:
         "accuracy", "accuracy_averaged", "accuracy_stopped", "wrong_share", "auroc", "weight_wrong", "weight_right",
     ):  # fmt: skip
         for arm in arms:
-            found = [values[arm, seed][kind] for seed in seeds if kind in values[arm, seed]]
+            found = [row[kind] for seed in seeds if kind in (row := values.get((arm, seed), {}))]
             if found:
                 summary[f"{kind}/{arm}"], summary[f"{kind}/{arm}/std"] = mean_and_std(found)
     for kind, key in (("accuracy", "gap_closed"), ("accuracy_averaged", "gap_closed_averaged")):
@@ -256,19 +269,17 @@ def main(argv: list[str] | None = None) -> dict:
         "--sweep", action="store_true", help="instead of the arms: BLADE with other settings, one at a time"
     )
     parser.add_argument("--output", default=None)
-    parser.add_argument("--update", action="store_true", help="keep the rows of all other arms of the output file")
+    parser.add_argument("--update", action="store_true", help="keep the rows of other arms and seeds of the output file")
     options = parser.parse_args(argv)
-    if "second_pass" in options.arms and "bros" not in options.arms:
-        parser.error("second_pass needs the weights that bros learns; name both.")
+    for arm, first in SECOND_PASS.items():
+        if arm in options.arms and first not in options.arms:
+            parser.error(f"{arm} needs the weights that {first} learns; name both.")
     if options.smoke:
         options.seeds, options.steps = 1, 12
     rows = []
     variants = dict.fromkeys(options.arms, options.blade)
     if options.sweep:
         variants = {f"blade {pairs}".strip(): pairs.split() for pairs in SWEEP}
-    if options.update:
-        kept = json.loads(Path(options.output).read_text(encoding="utf-8"))["rows"]
-        rows += [row for row in kept if row["arm"] not in variants]
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(options.first_seed, options.first_seed + options.seeds):
             data, learned = make_data(seed), {}
@@ -276,9 +287,15 @@ def main(argv: list[str] | None = None) -> dict:
                 row = run_arm(variant.split()[0], seed, data, options.steps, parse(pairs), folder, learned)
                 rows.append({**row, "arm": variant})
                 print({key: round(v, 4) if isinstance(v, float) else v for key, v in rows[-1].items()}, flush=True)
-    options.arms = (
-        [arm for arm in ARMS if any(row["arm"] == arm for row in rows)] if options.update else list(variants)
-    )
+    options.arms = list(variants)
+    if options.update:
+        ours = {(row["arm"], row["seed"]) for row in rows}
+        kept = json.loads(Path(options.output).read_text(encoding="utf-8"))["rows"]
+        rows = sorted(
+            [*(row for row in kept if (row["arm"], row["seed"]) not in ours), *rows],
+            key=lambda row: (row["seed"], ARMS.index(row["arm"])),
+        )
+        options.arms = [arm for arm in ARMS if any(row["arm"] == arm for row in rows)]
     summary = summarise(rows, options.arms)
     table = [
         [arm]
@@ -297,14 +314,15 @@ def main(argv: list[str] | None = None) -> dict:
         print(f"BLADE over static: {summary['blade_over_static']:.3f}, standard error {error:.3f}")
     config = {
         "steps": options.steps,
-        "seeds": options.seeds,
+        "seeds": len({row["seed"] for row in rows}),
         "candidates": CANDIDATES,
         "selection_ratio": RATIO,
         "blade": {**BLADE, **parse(options.blade)},
         "static_reference_steps": STATIC_STEPS,
         "bros": BROS,
+        "bros_arms": BROS_ARMS,
         "bros_rounds": BROS_ROUNDS,
-        "bros_learning_rate": BROS_LEARNING_RATE,
+        "bros_learning_rate": {str(rank): rate for rank, rate in BROS_LEARNING_RATE.items()},
         "learning_rate": 1e-3,
         "noise": "symmetric, 50 %",
         "num_pool": 3800,

@@ -17,9 +17,12 @@ NOISY_ARMS = {
     "loss": "highest loss",
     "static": "static reference (RHO-LOSS)",
     "blade": "**BLADE**",
-    "bros": "BROS, the model of the first pass",
-    "second_pass": "**BROS, second pass** with the learned weights",
-    "masoba": 'MA-SOBA (`rank="full"`), first pass',
+    "bros": "BROS, a weight for each sample: the model of the first pass",
+    "second_pass": "... second pass with the learned weights",
+    "masoba": '... MA-SOBA (`rank="full"`), first pass',
+    "bros_network": 'BROS, a network from loss to weight (`upper_variable="network"`): first pass',
+    "second_pass_network": "**... second pass** with the learned weights",
+    "masoba_network": "... MA-SOBA, first pass",
     "clean": "correct labels only (upper bound)",
 }
 OVERHEAD_ARMS = {
@@ -142,14 +145,23 @@ def noisy_labels() -> str:
         "`scripts/benchmarks/results/noisy_labels.json`.",
     ]
     if "auroc/bros" in summary:
-        auroc = {arm: plus_minus(summary, f"auroc/{arm}", digits=3) for arm in ("bros", "masoba", "blade")}
-        weights = [plus_minus(summary, f"weight_{kind}/bros", digits=2) for kind in ("wrong", "right")]
+        names = {"bros_network": "BROS with a network", "masoba_network": "MA-SOBA with a network"}
+        names |= {"bros": "BROS with a table", "masoba": "MA-SOBA with a table"}
         lines += [
             "",
-            f"How well wrong labels are found, as the area under the ROC curve: BROS's weights {auroc['bros']}, MA-SOBA's "
-            f"{auroc['masoba']}, how often BLADE selects a sample {auroc['blade']}. BROS gives wrong labels the mean weight "
-            f"{weights[0]}, right ones {weights[1]}. BROS and MA-SOBA train a fresh model twice, for half of the steps each; the "
-            "second pass takes as many steps again. Their settings were chosen on seed 0.",
+            "How well wrong labels are found:",
+            "",
+            "| | area under the ROC curve | mean weight of wrong labels | of right ones |",
+            "|---|---|---|---|",
+        ]
+        for arm, name in names.items():
+            weights = [plus_minus(summary, f"weight_{kind}/{arm}", digits=3) for kind in ("wrong", "right")]
+            lines.append(f"| {name} | {plus_minus(summary, f'auroc/{arm}', digits=3)} | {' | '.join(weights)} |")
+        lines += [
+            f"| how often BLADE selects a sample | {plus_minus(summary, 'auroc/blade', digits=3)} | | |",
+            "",
+            "With a table BROS and MA-SOBA train a fresh model twice, for half of the steps each; with a network once. A second pass "
+            "takes as many steps again. Their settings were chosen on seed 0.",
         ]
     return "\n".join(lines)
 

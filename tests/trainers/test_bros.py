@@ -129,8 +129,9 @@ class BruteForce:
             lower = [params[name] for name in names]
             bases = dict(zip(names, bases, strict=True))
             rate = LEARNING_RATE * (1 - step / args.max_steps)
-            updates = config.upper_variable != "fixed" and step >= config.start_step
-            updates = updates and (step - config.start_step) % config.update_every == 0
+            start = 0 if config.start_step == "auto" else config.start_step
+            updates = config.upper_variable != "fixed" and step >= start
+            updates = updates and (step - start) % config.update_every == 0
             seed = derive_seed(args.seed, step)
             gradient, hessian, upper, hyper = {}, {}, {}, torch.zeros_like(x)
             all_counts = []
@@ -218,7 +219,7 @@ class BruteForce:
             parameter.copy_((1 - rate * decay) * parameter - rate * clip * g)
 
     def _upper_step(self, config: BrosConfig, hyper: Tensor, schedule: float) -> None:
-        rate = config.upper_learning_rate * schedule
+        rate = (0.3 if config.upper_learning_rate == "auto" else config.upper_learning_rate) * schedule
         if config.normalise_hypergradient:
             if hyper.any():
                 self.square = 0.99 * self.square + 0.01 * float(hyper[hyper != 0].square().mean())

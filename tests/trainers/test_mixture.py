@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -1150,6 +1151,44 @@ def test_a_joined_pool_that_was_changed_is_refused(tmp_path: Path) -> None:
         ValueError, match=r"joined from a dict of 32 rows, .*packed, dropped or shuffled some.*\(20 now\)"
     ):
         make_trainer(MixturePackingTrainer, "vit", tmp_path, train_dataset=parts, trainer_kwargs=settings)
+
+
+def test_a_joined_pool_that_a_trainer_shuffles_is_refused(tmp_path: Path) -> None:
+    """With as many rows as before: only the setting tells that the domains are no longer theirs."""
+    parts = {name: make_dataset("vit", 16, seed=i).remove_columns("source") for i, name in enumerate(("a", "b"))}
+    args = make_trainer(Trainer, "vit", tmp_path).args
+    args.shuffle_dataset = True  # as SFTConfig has it
+    with pytest.raises(ValueError, match=r"joined from a dict of 32 rows, .*shuffled some.*\(32 now\)"):
+        MixtureTrainer(
+            model=make_model("vit"),
+            args=args,
+            train_dataset=parts,
+            target_dataset=make_dataset("vit", 8),
+            bilevel_config=MixtureConfig(),
+        )
+
+
+@pytest.mark.parametrize(
+    "given, trainer_kwargs",
+    [
+        ("`loss_type='dft'`", {}),
+        ("`compute_loss_func`", {"compute_loss_func": lambda outputs, labels, num_items_in_batch=None: None}),
+        ("`label_smoothing_factor`", {}),
+    ],
+)
+def test_a_loss_that_the_twin_cannot_repeat_is_refused(given: str, trainer_kwargs: dict, tmp_path: Path) -> None:
+    smoothing = {"label_smoothing_factor": 0.1} if "smoothing" in given else {}
+    args = make_trainer(Trainer, "vit", tmp_path, **smoothing).args
+    args.loss_type = "dft" if "dft" in given else "nll"  # as SFTConfig has it
+    model = make_model("vit")
+    settings = {
+        **{"args": args, "train_dataset": make_dataset("vit", 16), "target_dataset": make_dataset("vit", 8)},
+        **{"bilevel_config": MixtureConfig(domain_column="source"), **trainer_kwargs},
+    }
+    MixtureTrainer(model=model, **settings)  # the twin has the forward of any model
+    model.forward = types.MethodType(_closure_over(model, model.forward), model)
+    with pytest.raises(ValueError, match=f"{re.escape(given)} is computed from a forward that belongs to the trained"):
+        MixtureTrainer(model=model, **settings)
 
 
 def test_the_twin_trains_with_a_forward_that_belongs_to_the_model(tmp_path: Path) -> None:

@@ -1,0 +1,89 @@
+"""Broken and degenerate numbers: an error that says where to look, or a run that is none the worse for them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from test_contract import METHODS, build
+from tiny import make_rows, parameters_of
+from transformers import set_seed
+
+pytestmark = pytest.mark.filterwarnings("ignore:The subspaces of")  # a few steps cannot cover anything
+
+STEPS = 9  # more than an epoch, so that every row is drawn
+
+
+def rows(num: int, seed: int = 0, bad: Any = (), value: float = float("nan")) -> Dataset:
+    made = make_rows("vit", num, seed)
+    for i in bad:
+        made[i]["pixel_values"][0][0][0] = value
+    return Dataset.from_list(made).add_column("source", [["web", "books", "code"][i % 3] for i in range(num)])
+
+
+def train(method: str, folder: Path, pool: Dataset, target: Dataset, **kwargs: Any) -> torch.Tensor:
+    trainer = build(
+        method, "vit", folder, train_dataset=pool, max_steps=STEPS, trainer_kwargs={"target_dataset": target}, **kwargs
+    )
+    set_seed(11)
+    trainer.train()
+    return parameters_of(trainer)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_target_sample_is_enough(method: str, tmp_path: Path) -> None:
+    found = train(method, tmp_path / "one", rows(64), rows(1, seed=7))
+    assert found.isfinite().all()
+    if method != "coreset":  # so short a search may find the same coreset
+        assert not torch.equal(found, train(method, tmp_path / "other", rows(64), rows(1, seed=8)))
+
+
+@pytest.mark.filterwarnings("ignore:`target_dataset` has samples of")
+@pytest.mark.parametrize("method", METHODS)
+def test_copies_of_one_sample(method: str, tmp_path: Path) -> None:
+    copies = Dataset.from_list([make_rows("vit", 1)[0]] * 64).add_column("source", ["web", "books"] * 32)
+    assert train(method, tmp_path, copies, rows(10, seed=7)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "method, error, message",
+    [
+        ("blade", FloatingPointError, "loss of the reference model is nan .* check the target dataset"),
+        ("bros", FloatingPointError, "hypergradient was NaN or infinite .* look for broken samples in both datasets"),
+        ("mixture", FloatingPointError, "is NaN or infinite.*look for broken samples in these domains and in"),
+        ("coreset", ValueError, "finite loss .*look for NaN and infinite values in the pool and the target dataset"),
+    ],
+)
+def test_a_broken_target_sample_is_an_error(method: str, error: type, message: str, tmp_path: Path) -> None:
+    with pytest.raises(error, match=message):
+        train(method, tmp_path, rows(64), rows(10, seed=7, bad=[3]))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", ["blade", "coreset"])
+def test_a_broken_sample_of_the_pool_is_not_chosen(method: str, value: float, tmp_path: Path) -> None:
+    assert train(method, tmp_path, rows(64, bad=[5], value=value), rows(10, seed=7)).isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["bros", "mixture"])
+def test_a_broken_sample_that_is_trained_on_is_an_error(method: str, tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match="NaN or infinite.*look for broken samples"):
+        train(
+            method,
+            tmp_path,
+            rows(64, bad=[5]),
+            rows(10, seed=7),
+            settings={"inner_steps": 1, "reference_steps": 1} if method == "mixture" else {},
+        )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_pool_of_broken_samples_is_an_error(method: str, tmp_path: Path) -> None:
+    with pytest.raises((FloatingPointError, ValueError), match="finite|infinite|is nan"):
+        train(method, tmp_path, rows(64, bad=range(64)), rows(10, seed=7))
+
+
+def test_a_batch_without_a_sound_candidate_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match="No candidate of a batch has a finite loss .* Check the data"):
+        train("blade", tmp_path, rows(64, bad=range(64)), rows(10, seed=7), settings={"penalty": 0.0})
