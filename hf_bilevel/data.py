@@ -19,6 +19,8 @@ from tqdm.auto import tqdm
 SAMPLE_ID = "bilevel_sample_id"
 DOMAIN_ID = "bilevel_domain_id"
 
+MAX_UNNAMED = 100_000  # domains known by number alone; a larger number is no domain but a hash, a time or a row
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -116,17 +118,24 @@ class NumberedStream(IterableDataset):
                     raise ValueError(
                         f"Item {i} of the stream has no key `{self.domain_column}` to read its domain from."
                     )
-                domain = item[self.domain_column]
-                is_number = isinstance(domain, (int, np.integer))
-                if self._index is None and (not is_number or domain < 0):
-                    raise ValueError(
-                        f"Item {i} of the stream has the domain {domain!r}; give integers 0..D-1, or names and "
-                        "`domain_names`."
-                    )
-                if self._index is not None and not (is_number and domain >= 0) and domain not in self._index:
-                    raise ValueError(f"`domain_names` {sorted(self._index)} does not list the domain {domain!r}.")
-                domain_id = int(domain) if is_number else self._index[domain]
+                domain_id = self._find_domain(item[self.domain_column], i)
             yield number_item(item, first + i * step, domain_id)
+
+    def _find_domain(self, domain: Any, i: int) -> int:
+        if isinstance(domain, (int, np.integer)):
+            if 0 <= domain < (MAX_UNNAMED if self._index is None else len(self._index)):
+                return int(domain)
+        elif self._index is not None and isinstance(domain, str) and domain in self._index:
+            return self._index[domain]
+        if self._index is None:
+            raise ValueError(
+                f"Item {i} of the stream has the domain {domain!r:.200} as `{self.domain_column}`; give integers 0..D-1, D at "
+                f"most {MAX_UNNAMED:,}, or names and `domain_names`."
+            )
+        raise ValueError(
+            f"`domain_names` {sorted(self._index)} does not list the domain {domain!r:.200}, which item {i} of the stream has "
+            f"as `{self.domain_column}`."
+        )
 
 
 class DataCollatorWithOrigin:
@@ -182,7 +191,7 @@ def pick_rows(batch: Mapping[str, Any], indices: list[int], num_rows: int) -> di
     """Keep some rows of a collated batch.
 
     Tensors and arrays are indexed along their first dimension, lists and tuples of one entry per row by position,
-    mappings and other sequences entry by entry; numbers, strings, None and zero-dimensional tensors stay as they are.
+    mappings, named tuples and other sequences entry by entry; numbers, strings, None and zero-dimensional tensors stay as they are.
 
     Args:
         batch: A collated batch.
@@ -216,11 +225,12 @@ def _pick(value: Any, indices: list[int], num_rows: int, path: str) -> Any:
     if isinstance(value, Mapping):
         picked = {key: _pick(entry, indices, num_rows, f"{path}[{key!r}]") for key, entry in value.items()}
         return picked if type(value) is dict else type(value)(picked)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_pick(getattr(value, f), indices, num_rows, f"{path}.{f}") for f in value._fields))
     if isinstance(value, (list, tuple)):
         if len(value) == num_rows:
             return type(value)([value[i] for i in indices])
-        entries = [_pick(entry, indices, num_rows, f"{path}[{i}]") for i, entry in enumerate(value)]
-        return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
+        return type(value)([_pick(entry, indices, num_rows, f"{path}[{i}]") for i, entry in enumerate(value)])
     return value
 
 
@@ -294,8 +304,12 @@ def plain_copy(value: Any) -> Any:
     """Copy a batch to the CPU as dicts, lists and tensors only, which ``torch.load`` reads back safely."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
+    if isinstance(value, np.generic):
+        return value.item()
     if isinstance(value, np.ndarray):
-        return torch.tensor(value)
+        if value.dtype.kind not in "biufc":  # text, objects
+            return plain_copy(value.tolist())
+        return torch.tensor(value.astype(value.dtype.newbyteorder("="), order="C"))
     if isinstance(value, Mapping):
         return {key: plain_copy(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -354,8 +368,15 @@ def read_domains(dataset: Any, column: str, domain_names: list[str] | None = Non
     except TypeError:
         kinds = sorted({type(value).__name__ for value in values})
         raise ValueError(f"Column `{column}` must hold names or integers 0..D-1, got values of {kinds}.") from None
+    except (OverflowError, RuntimeError, ValueError):  # of torch, by how far it is too large
+        raise ValueError(f"Column `{column}` must hold names or integers 0..D-1, got one beyond 64 bits.") from None
     if int(ids.min()) < 0:
         raise ValueError(f"Column `{column}` must hold names or integers 0..D-1, got {int(ids.min())}.")
+    if domain_names is None and int(ids.max()) >= MAX_UNNAMED:
+        raise ValueError(
+            f"Column `{column}` must hold names or integers 0..D-1, D at most {MAX_UNNAMED:,}, got {int(ids.max())}. Make them "
+            "strings to have as many domains as there are different values."
+        )
     names = [str(i) for i in range(int(ids.max()) + 1)] if domain_names is None else domain_names
     if int(ids.max()) >= len(names):
         raise ValueError(

@@ -91,6 +91,19 @@ class SelectedSubset:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        names = self.domain_names
+        if not isinstance(self.num_pool, int) or isinstance(self.num_pool, bool) or self.num_pool < 0:
+            raise ValueError(f"`num_pool` must be the length of a dataset, got {self.num_pool!r:.200}.")
+        if not (names is None or isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise ValueError(f"`domain_names` must be a list of strings or None, got {names!r:.200}.")
+        if not (self.fingerprint is None or isinstance(self.fingerprint, str)):
+            raise ValueError(f"`fingerprint` must be a string or None, got {self.fingerprint!r:.200}.")
+        if not isinstance(self.facts, dict):
+            raise ValueError(f"`facts` must be a dict, got {self.facts!r:.200}.")
+        for name, values in self._columns().items():
+            kind = _COLUMNS[name][1]
+            if values.dtype != torch.int64 if kind == "int64" else not values.is_floating_point():
+                raise ValueError(f"`{name}` must be of {kind}, got {values.dtype}.")
         if self.ids.ndim != 1 or len(self.ids.unique()) != len(self.ids):
             raise ValueError(
                 f"`ids` must be one row of different ids, got shape {tuple(self.ids.shape)} with repetitions."
@@ -102,8 +115,6 @@ class SelectedSubset:
         for name, values in self._columns().items():
             if values.shape != self.ids.shape:
                 raise ValueError(f"{len(self.ids)} ids have `{name}` of shape {tuple(values.shape)}.")
-            if values.is_floating_point() != (_COLUMNS[name][1] == "float"):
-                raise ValueError(f"`{name}` must be of {_COLUMNS[name][1]}, got {values.dtype}.")
         if (self.domain_ids is None) != (self.domain_names is None):
             raise ValueError("`domain_ids` and `domain_names` belong together: give both or none.")
         if self.domain_names is not None and len(set(self.domain_names)) != len(self.domain_names):
@@ -218,7 +229,7 @@ class SelectedSubset:
             raise ValueError(f"`{path}` cannot be read ({type(error).__name__}: {error}): it is damaged.") from error
         if found != FORMAT_VERSION:
             raise ValueError(
-                f"`{path}` is of format {found!r}, this version of hf_bilevel reads {FORMAT_VERSION}. Update hf_bilevel."
+                f"`{path}` is of format {found!r:.100}, this version of hf_bilevel reads {FORMAT_VERSION}. Update hf_bilevel."
             )
         if _checksum(rows_path) != facts.get("sha256"):
             raise ValueError(
@@ -226,15 +237,16 @@ class SelectedSubset:
                 "not written to its end. Save or download the subset again."
             )
         try:
-            table = pyarrow.parquet.read_table(rows_path)
+            there = pyarrow.parquet.read_schema(rows_path).names
+            table = pyarrow.parquet.read_table(rows_path, columns=[c for c, _ in _COLUMNS.values() if c in there])
             columns = {
                 name: torch.from_numpy(table[column].to_numpy().copy())
                 for name, (column, _) in _COLUMNS.items()
-                if column in table.column_names
+                if column in there
             }
             keys = ("num_pool", "domain_names", "fingerprint", "facts")
             return cls(**columns, **{key: facts[key] for key in keys})
-        except (ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
+        except Exception as error:  # pyarrow and torch raise a dozen kinds for a damaged file
             raise ValueError(f"`{path}` and `{rows_path}` do not make a selected subset: {error}") from error
 
     # The Hub --------------------------------------------------------------------------------------------------------
@@ -297,8 +309,9 @@ class SelectedSubset:
                 f"`repo_id` must be `namespace/name`, your user name or an organisation first; got {repo_id!r}."
             )
         rows = self.to_dataset(pool) if data == "rows" else None
+        card, figures = self._describe(repo_id, with_rows=rows is not None)
         written = Path(tempfile.mkdtemp(prefix="selected-subset-") if folder is None else folder).resolve()
-        paths = self._write_repository(written, repo_id, rows)
+        paths = self._write_repository(written, card, figures, rows)
         try:
             commit = _upload(written, paths, repo_id, private, revision, token, commit_message)
         except Exception as error:  # the client raises its own errors, those of its HTTP library, and built-in ones
@@ -315,32 +328,47 @@ class SelectedSubset:
             shutil.rmtree(written)
         return commit
 
-    def _write_repository(self, folder: Path, repo_id: str, rows: datasets.Dataset | None) -> list[str]:
+    def _describe(self, repo_id: str, with_rows: bool) -> tuple[str, dict[str, Any]]:
+        """Write the card, and draw its pictures, by their names."""
+        figures = {}
+        try:
+            for name, draw in (("ranking", kept_against_dropped), ("domains", domain_shares)):
+                if self.facts.get(name):
+                    try:
+                        figures[name] = draw(**self.facts[name])
+                    except ImportError:  # without matplotlib the card does with its tables
+                        continue
+            card = dataset_card(
+                repo_id,
+                self.facts,
+                num_kept=len(self),
+                num_pool=self.num_pool,
+                fingerprint=self.fingerprint,
+                columns=[_COLUMNS[name][0] for name in self._columns()],
+                with_rows=with_rows,
+                pictures={name: PICTURES[name] for name in figures},
+            )
+        except Exception as error:  # whatever a value of another type leads to
+            raise ValueError(
+                f"`facts` hold what no card can be written from ({type(error).__name__}: {error!s:.200}). `facts['metrics']` must "
+                "be a dict of numbers, `facts['controls']` a dict of such dicts, and the rest as a trainer fills it in."
+            ) from error
+        return card, figures
+
+    def _write_repository(
+        self, folder: Path, card: str, figures: dict[str, Any], rows: datasets.Dataset | None
+    ) -> list[str]:
         """Write everything to upload and return the paths inside the folder."""
-        pictures = {}
         self.save(folder)
-        for name, draw in (("ranking", kept_against_dropped), ("domains", domain_shares)):
-            if self.facts.get(name):
-                try:
-                    draw(**self.facts[name]).savefig(folder / PICTURES[name], dpi=150)
-                except ImportError:  # without matplotlib the card does with its tables
-                    continue
-                pictures[name] = PICTURES[name]
+        for name, figure in figures.items():
+            with _replacing(folder / PICTURES[name]) as path:
+                figure.savefig(path, dpi=150, format="png")
         if rows is not None:
             _write_rows(rows, folder / ROWS_PATH)
-        card = dataset_card(
-            repo_id,
-            self.facts,
-            num_kept=len(self),
-            num_pool=self.num_pool,
-            fingerprint=self.fingerprint,
-            columns=[_COLUMNS[name][0] for name in self._columns()],
-            with_rows=rows is not None,
-            pictures=pictures,
-        )
         with _replacing(folder / CARD_NAME) as path:
             path.write_text(card, encoding="utf-8")
-        return [FACTS_NAME, SELECTION_PATH, CARD_NAME, *pictures.values(), *([] if rows is None else [ROWS_PATH])]
+        pictures = [PICTURES[name] for name in figures]
+        return [FACTS_NAME, SELECTION_PATH, CARD_NAME, *pictures, *([] if rows is None else [ROWS_PATH])]
 
 
 def load_selected_subset(
@@ -426,6 +454,7 @@ def ranking_facts(ranked_by: str, values: Tensor, kept: Tensor) -> dict[str, Any
 def _replacing(path: Path) -> Iterator[Path]:
     """Write beside a file, and put the whole in its place."""
     partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)  # what a crash left, or a link to somewhere else
     yield partial
     os.replace(partial, path)
 

@@ -84,7 +84,7 @@ def fuzz(options: argparse.Namespace) -> list[dict]:
             "full",
         ]
         print(call(command, HF_BILEVEL_FUZZ_REPORT=str(report)).splitlines()[-1])
-        counts = json.loads(report.read_text())
+        counts = json.loads(report.read_text())["tests"]
     return [{"part": "fuzz", "test": test, "cases": cases} for test, cases in counts.items()]
 
 

@@ -14,6 +14,7 @@ from hypothesis import settings
 torch.set_num_threads(1)
 
 settings.register_profile("hf_bilevel", derandomize=True, deadline=None, print_blob=False)
+settings.register_profile("full", settings.get_profile("hf_bilevel"), derandomize=False, database=None)
 settings.load_profile("hf_bilevel")
 
 

@@ -1,6 +1,7 @@
 """A checkpoint is resumed from only if it is whole and belongs to the run; what fails leaves earlier ones as they were."""
 
 import logging
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import Trainer, set_seed
 
 from hf_bilevel.trainers.checkpoints import write_state
 
+LIMITS = resource.getrlimit(resource.RLIMIT_FSIZE)  # of the size of a file: beyond it writing fails as on a full disk
 WITHOUT_CORESET = [method for method in METHODS if method != "coreset"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:The subspaces of")  # a few steps cannot cover anything
@@ -72,12 +74,22 @@ def test_a_checkpoint_that_is_written_again_is_not_whole_meanwhile(tmp_path: Pat
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_full_disk_is_said_and_earlier_checkpoints_stay(method: str, tmp_path: Path) -> None:
-    full = tmp_path / "checkpoint-4"
-    full.mkdir()
-    (full / "bilevel_state.partial").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=r"checkpoint-4/bilevel_state.pt` could not be written .*No space left"):
-        make(tmp_path, method).train()
-    assert not (full / "bilevel_state.pt").exists()
+    trainer = make(tmp_path, method)
+    identity, steps = trainer._data_identity, []
+
+    def fill() -> dict[str, Any]:  # called just before the state is written
+        steps.append(trainer.state.global_step)
+        if steps[-1] == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, LIMITS[1]))
+        return identity()
+
+    trainer._data_identity = fill
+    try:
+        with pytest.raises(OSError, match=r"checkpoint-4/bilevel_state.pt` could not be written .*make room"):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, LIMITS)
+    assert steps == [2, 4] and not list((tmp_path / "checkpoint-4").glob("bilevel_state.*"))
     resumed = make(tmp_path, method)
     assert resumed._newest_whole_checkpoint() == str(tmp_path / "checkpoint-2")
     resumed.train(resume_from_checkpoint=True)
@@ -96,11 +108,17 @@ def test_a_place_that_cannot_be_written_leaves_earlier_checkpoints(tmp_path: Pat
 def test_a_state_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "state.pt"
     write_state({"step": 1}, path)
-    (tmp_path / "state.partial").symlink_to("/dev/full")
-    with pytest.raises(OSError, match="Earlier checkpoints are untouched; make room"):
-        write_state({"step": torch.zeros(100_000)}, path)
+    (tmp_path / "elsewhere").write_text("of somebody else")
+    (tmp_path / "state.partial").symlink_to(tmp_path / "elsewhere")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, LIMITS[1]))
+    try:
+        with pytest.raises(OSError, match="Earlier checkpoints are untouched; make room"):
+            write_state({"step": torch.zeros(100_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, LIMITS)
     assert torch.load(path, weights_only=True) == {"step": 1}
-    assert [entry.name for entry in tmp_path.iterdir()] == ["state.pt"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["elsewhere", "state.pt"]
+    assert (tmp_path / "elsewhere").read_text() == "of somebody else"
 
 
 @pytest.mark.parametrize("method", WITHOUT_CORESET)

@@ -50,7 +50,7 @@ def test_model_cards(script, tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     reports = module.main(["--smoke", "--output", str(tmp_path)])
     methods = {
         "digits_blade": "BLADE",
-        "digits_bros": "BROS",
+        "digits_bros": "BROS, learning rate 6e-3 (others 2e-3)",
         "digits_coreset": "coreset",
         "text_mixture": "learned mixture",
     }

@@ -4,6 +4,7 @@ import importlib.util
 from dataclasses import dataclass, field
 
 from hf_bilevel.commands.recipe import nearest
+from hf_bilevel.trainers.config import check_types, shown
 
 TASKS = ("causal_lm", "masked_lm", "sequence_classification", "image_classification")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -50,13 +51,14 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not self.model:
             raise ValueError("`model` is not set: give the id of a model on the Hub, or the path of a local folder.")
         for name, allowed in (("task", TASKS), ("dtype", DTYPES)):
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(
-                    f"`{name}` must be one of {', '.join(allowed)}; got {value!r}.{nearest(value, allowed, '')}"
+                    f"`{name}` must be one of {', '.join(allowed)}; got {shown(value)}.{nearest(value, allowed, '')}"
                 )
         if self.lora_rank < 1:
             raise ValueError(f"`lora_rank` must be at least 1, got {self.lora_rank}.")
@@ -125,6 +127,7 @@ class DataArguments:
     pack: bool = field(default=False, metadata={"help": "Join texts and cut them into rows of max_length tokens."})
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not self.train_dataset:
             raise ValueError("`train_dataset` is not set: give a dataset id, a file or a folder.")
         for name in ("target", "eval"):
@@ -155,6 +158,9 @@ class RunArguments:
         default=None, metadata={"help": "Dataset repository (namespace/name) to upload the selected subset to."}
     )
 
+    def __post_init__(self) -> None:
+        check_types(self)
+
 
 @dataclass
 class SubsetRunArguments(RunArguments):
@@ -172,6 +178,7 @@ class SubsetRunArguments(RunArguments):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.subset_fraction <= 1:
             raise ValueError(f"`subset_fraction` must be in (0, 1], got {self.subset_fraction}.")
 

@@ -53,7 +53,8 @@ def encode_chats(
 
 
 def _encode(messages: Any, tokenizer: PreTrainedTokenizerBase, column: str, max_length: int) -> dict[str, list[int]]:
-    if not messages or not all(isinstance(turn, dict) and {"role", "content"} <= set(turn) for turn in messages):
+    is_list = isinstance(messages, list) and len(messages) > 0
+    if not is_list or not all(isinstance(turn, dict) and {"role", "content"} <= set(turn) for turn in messages):
         raise ValueError(
             f"`messages_column: {column}` must hold lists of turns, each with `role` and `content`; a row holds {messages!r:.200}."
         )
@@ -63,9 +64,10 @@ def _encode(messages: Any, tokenizer: PreTrainedTokenizerBase, column: str, max_
             ids, mask = encoded["input_ids"], encoded["assistant_masks"]
         else:
             ids, mask = _by_prefixes(messages, tokenizer)
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:  # the latter where it joins what is no text
         raise ValueError(
-            f"The chat template of `{tokenizer.name_or_path}` refuses a row: {error}: {messages!r:.200}"
+            f"The chat template of `{tokenizer.name_or_path}` refuses a row: {error}: {messages!r:.200} "
+            f"(`messages_column: {column}`)"
         ) from error
     labels = [token if counts else IGNORE_INDEX for token, counts in zip(ids, mask, strict=True)]
     return {"input_ids": ids[:max_length], "labels": labels[:max_length]}

@@ -53,10 +53,17 @@ def encode_labelled_texts(
         ids: Id of every label.
 
     Returns:
-        What the tokenizer makes of the texts, and ``labels``.
+        What the tokenizer makes of the texts, and ``labels``. A row without a text, or with a label that is not known, is a ValueError.
     """
     encoded = tokenizer(_texts(batch, column), truncation=True, max_length=max_length)
-    return {**encoded, "labels": [ids[label] for label in batch[label_column]]}
+    return {**encoded, "labels": _label_ids(batch, label_column, ids)}
+
+
+def _label_ids(batch: dict[str, list], column: str, ids: dict[Any, int]) -> list[int]:
+    for label in batch[column]:
+        if ids.get(label) is None:  # of a stream, which could not be looked through before
+            raise ValueError(f"`label_column: {column}` holds {label!r:.200} in a row, and known are {list(ids)}.")
+    return [ids[label] for label in batch[column]]
 
 
 def _texts(batch: dict[str, list], column: str) -> list[str]:
@@ -129,13 +136,18 @@ def encode_images(
 
     Returns:
         The columns without images and labels, ``pixel_values`` and ``labels``.
+
+    Raises:
+        ValueError: If a row has no image, or its label is not known.
     """
     if image_column not in batch:
         return batch
     encoded = {name: values for name, values in batch.items() if name not in (image_column, label_column)}
+    if None in batch[image_column]:
+        raise ValueError(f"`image_column: {image_column}` holds no image in a row. Leave such rows out.")
     images = [image.convert(mode) for image in batch[image_column]]
     encoded["pixel_values"] = list(processor(images, return_tensors="pt")["pixel_values"])
-    encoded["labels"] = [ids[label] for label in batch[label_column]]
+    encoded["labels"] = _label_ids(batch, label_column, ids)
     return encoded
 
 

@@ -1,8 +1,10 @@
 """Labels of a classification: names from the data, ids for the model."""
 
+import re
 from typing import Any
 
 import datasets
+import pyarrow
 from transformers import PretrainedConfig
 
 from hf_bilevel.commands.recipe import nearest
@@ -35,7 +37,7 @@ def label_names(dataset: AnyDataset, column: str, config: PretrainedConfig) -> l
             "`ClassLabel`. Drop `streaming`."
         )
     if names is None:
-        values = dataset.unique(column)
+        values = _different(dataset, column)
         kinds = sorted({type(value).__name__ for value in values})
         if kinds not in (["str"], ["int"], ["bool"]):
             raise ValueError(
@@ -72,12 +74,12 @@ def label_ids(dataset: AnyDataset, argument: str, column: str, names: list[str])
     own = _declared(dataset, column)
     if own is not None:
         ids = {value: index.get(name) for value, name in enumerate(own)}
-    elif dataset.features is not None and dataset.features[column].dtype.endswith("string"):
+    elif dataset.features is not None and str(getattr(dataset.features[column], "dtype", "")).endswith("string"):
         ids = dict(index)
     else:
-        ids = {int(name) if name.lstrip("-").isdigit() else name == "True": i for name, i in index.items()}
+        ids = {int(name) if re.fullmatch("-?[0-9]+", name) else name == "True": i for name, i in index.items()}
     if isinstance(dataset, datasets.Dataset):
-        for value in dataset.unique(column):
+        for value in _different(dataset, column):
             if ids.get(value) is None:
                 label = own[value] if own is not None and value in range(len(own)) else value
                 raise ValueError(
@@ -85,6 +87,15 @@ def label_ids(dataset: AnyDataset, argument: str, column: str, names: list[str])
                     f"such rows out, or correct them.{nearest(label, names, '')}"
                 )
     return ids
+
+
+def _different(dataset: datasets.Dataset, column: str) -> list[Any]:
+    try:
+        return dataset.unique(column)
+    except pyarrow.ArrowNotImplementedError:
+        raise ValueError(
+            f"`label_column: {column}` holds {dataset.features[column]}; labels must be names or integers, one in every row."
+        ) from None
 
 
 def _declared(dataset: AnyDataset, column: str) -> list[str] | None:

@@ -30,6 +30,15 @@ from hf_bilevel.commands.labels import label_ids, label_names
 from hf_bilevel.commands.recipe import nearest
 from hf_bilevel.commands.sources import AnyDataset
 
+RESERVED = (  # columns of encoded rows
+    "input_ids",
+    "attention_mask",
+    "token_type_ids",
+    "pixel_values",
+    "labels",
+    HAS_LABELS,
+)
+
 
 @dataclass
 class PreparedData:
@@ -76,12 +85,13 @@ def prepare(
     Raises:
         ValueError: If a column is missing or holds something else, a label is unknown, or nothing is left to train on.
     """
-    columns = {name: column_names(part) for name, part in parts.items()}
+    columns = {name: column_names(part, f"{name}_dataset") for name, part in parts.items()}
     wanted = _wanted_columns(task, data, columns["train"])
     for name in parts:
         _check_columns(f"{name}_dataset", columns[name], wanted)
     if domain_column is not None:
         _check_columns("train_dataset", columns["train"], {"domain_column": domain_column})
+        _check_domain_column(parts["train"], domain_column, task)
     if data.pack and (task not in ("causal_lm", "masked_lm") or "messages_column" in wanted):
         raise ValueError("`pack` joins plain texts; a chat or a labelled row stays as it is. Drop `pack`.")
     if task in ("sequence_classification", "image_classification"):
@@ -119,16 +129,24 @@ def prepare(
     return prepared
 
 
-def column_names(dataset: AnyDataset) -> list[str]:
+def column_names(dataset: AnyDataset, argument: str) -> list[str]:
     """Name the columns of a dataset; for a stream that does not know them, those of its first row.
 
     Args:
         dataset: A dataset.
+        argument: Its name in messages.
 
     Returns:
         The names.
+
+    Raises:
+        ValueError: If it has no rows.
     """
-    return list(next(iter(dataset))) if dataset.column_names is None else dataset.column_names
+    is_stream = isinstance(dataset, datasets.IterableDataset)
+    first = next(iter(dataset), None) if is_stream and dataset.column_names is None else {}
+    if first is None or not is_stream and len(dataset) == 0:
+        raise ValueError(f"`{argument}` is empty.")
+    return dataset.column_names or list(first)
 
 
 def _wanted_columns(task: str, data: DataArguments, columns: list[str]) -> dict[str, str]:
@@ -149,6 +167,14 @@ def _check_columns(argument: str, columns: list[str], wanted: dict[str, str]) ->
                 f"`{argument}` has no column `{column}`; its columns are {', '.join(sorted(columns))}. Set `{name}` to one of "
                 f"them.{nearest(column, columns, '')}"
             )
+
+
+def _check_domain_column(pool: AnyDataset, column: str, task: str) -> None:
+    if column in RESERVED and task != "image_classification":
+        raise ValueError(f"`domain_column: {column}` has the name of a column that encoded rows have. Rename it.")
+    feature = None if pool.features is None else pool.features[column]
+    if feature is not None and not isinstance(feature, (datasets.Value, datasets.ClassLabel)):
+        raise ValueError(f"`domain_column: {column}` must hold names or integers 0..D-1, and holds {feature!s:.200}.")
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, task: str) -> None:

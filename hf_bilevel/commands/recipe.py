@@ -10,10 +10,34 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
+MAX_MESSAGE, MAX_DEPTH = 3000, 20
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads neither aliases nor deep nesting: a few lines of them can stand for more than fits into memory."""
+
+    _depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        problem = "aliases (`*name`) are not read" if self.check_event(yaml.AliasEvent) else None
+        if self._depth >= MAX_DEPTH:
+            problem = f"more than {MAX_DEPTH} levels are not read"
+        if problem is not None:
+            raise yaml.composer.ComposerError(None, None, problem, self.peek_event().start_mark)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+
+def _cut(message: str) -> str:
+    """Leave out the end of a message with a value in it that is pages long."""
+    return message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + "..."
+
 
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise SystemExit(f"{self.prog}: {message}")  # without the usage, a hundred lines long
+        raise SystemExit(f"{self.prog}: {_cut(message)}")  # without the usage, a hundred lines long
 
 
 def parse(*classes: type, argv: list[str] | None = None, prog: str | None = None) -> tuple[Any, ...]:
@@ -45,14 +69,14 @@ def parse(*classes: type, argv: list[str] | None = None, prog: str | None = None
     if argv and not argv[0].startswith("-"):
         recipe = argv.pop(0)
         try:
-            values = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
-        except (OSError, UnicodeError, yaml.YAMLError) as error:
-            parser.error(f"cannot read the recipe {recipe}: {error}")
+            values = yaml.load(Path(recipe).read_text(encoding="utf-8"), _Loader)
+        except Exception as error:  # beside its own, yaml raises what its conversions raise
+            parser.error(f"cannot read the recipe {recipe} ({type(error).__name__}): {error}")
         if not isinstance(values, dict):
             parser.error(f"the recipe {recipe} must hold lines `field: value`, got {type(values).__name__}.")
         for name in values:
             if name not in names:
-                parser.error(f"the recipe {recipe} has an unknown field `{name}`.{nearest(name, names)}")
+                parser.error(f"the recipe {recipe} has an unknown field `{str(name):.200}`.{nearest(name, names)}")
         parser.set_defaults(**values)  # argparse converts what is a string, as on the command line
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -64,7 +88,7 @@ def parse(*classes: type, argv: list[str] | None = None, prog: str | None = None
         try:
             parsed.append(cls(**{name: values.pop(name) for name in own}))
         except (TypeError, ValueError) as error:
-            raise SystemExit(f"{parser.prog}: {error}") from error
+            raise SystemExit(f"{parser.prog}: {_cut(str(error))}") from error
     return tuple(parsed)
 
 

@@ -172,8 +172,10 @@ class BladeConfig(BilevelConfig):
                 raise ValueError(f"`{name}` must be at least 1 or 'auto', got {getattr(self, name)}.")
         if self.penalty != "auto" and not 0 <= self.penalty < float("inf"):
             raise ValueError(f"`penalty` must be finite and not negative, got {self.penalty}.")
-        if self.reference_learning_rate is not None and not self.reference_learning_rate > 0:
-            raise ValueError(f"`reference_learning_rate` must be positive, got {self.reference_learning_rate}.")
+        if self.reference_learning_rate is not None and not 0 < self.reference_learning_rate < math.inf:
+            raise ValueError(
+                f"`reference_learning_rate` must be positive and finite, got {self.reference_learning_rate}."
+            )
         if self.start_step < 0:
             raise ValueError(f"`start_step` must not be negative, got {self.start_step}.")
         if self.score == "excess_loss" and self.reference == "none":

@@ -134,7 +134,7 @@ class CheckpointMixin:
             json.loads(trainer_state.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ValueError(f"`{trainer_state}` is missing: the checkpoint was not written to its end.") from None
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             raise ValueError(f"`{trainer_state}` cannot be read ({error}).") from error
         if not path.is_file():
             raise ValueError(
@@ -146,6 +146,9 @@ class CheckpointMixin:
             # mmap: a reference model's weights stay on the disk until they are copied into place.
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             method, ranks = state["method"], state["ranks"]
+            kinds = {"method": str, "ranks": list, "shared": dict, "config": dict}
+            if not all(isinstance(state[name], kind) for name, kind in kinds.items()):
+                raise TypeError("it does not hold what a checkpoint does")
         except Exception as error:  # torch.load raises a dozen kinds for a damaged file
             raise ValueError(
                 f"`{path}` cannot be read ({type(error).__name__}: {error}). Nothing was changed; resume from another "
@@ -270,6 +273,7 @@ def write_state(state: dict[str, Any], path: Path) -> None:
         OSError: If it cannot be written, for instance on a full disk; an older file is untouched.
     """
     partial = path.with_suffix(".partial")
+    partial.unlink(missing_ok=True)  # what a killed run left, or a link to somewhere else
     try:
         with partial.open("wb") as file:
             torch.save(state, file)

@@ -1051,7 +1051,9 @@ def _read_mixture(given: Mapping[str, float] | str | os.PathLike) -> dict[str, f
     if not isinstance(given, Mapping):
         try:
             given = json.loads(Path(given).read_text(encoding="utf-8"))["mixture"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            if not isinstance(given, dict):
+                raise TypeError("it holds no mapping")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"`mixture` must be a mapping from domain names to weights, or a file written by `save_mixture`; reading {given!r} "
                 f"failed ({type(error).__name__}: {error})."
@@ -1061,6 +1063,8 @@ def _read_mixture(given: Mapping[str, float] | str | os.PathLike) -> dict[str, f
         if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not 0 <= weight <= 1:
             raise ValueError(f"The weight of {name!r} in `mixture` must be a number in [0, 1], got {weight!r}.")
         weights[str(name)] = float(weight)
+    if len(weights) < len(given):
+        raise ValueError(f"`mixture` names a domain twice, once as a string: {', '.join(map(repr, given))}.")
     total = sum(weights.values())
     if not math.isclose(total, 1.0, abs_tol=1e-4):
         raise ValueError(f"The weights in `mixture` sum to {total:.6g} and must sum to 1: divide them by it.")

@@ -201,9 +201,7 @@ def run_arm(
             learned[arm] = trainer.sample_weights
     elif arm in SECOND_PASS:
         config = BrosConfig(upper_variable="fixed", rank="full")
-        trainer, probe = train(
-            data["pool"], small_batch, steps, config, sample_weights=learned[SECOND_PASS[arm]]
-        )
+        trainer, probe = train(data["pool"], small_batch, steps, config, sample_weights=learned[SECOND_PASS[arm]])
     else:
         config = BladeConfig(**{"selection_ratio": RATIO, **BLADE, **settings})
         config.first_reference_steps = min(config.first_reference_steps, steps)
@@ -269,7 +267,9 @@ def main(argv: list[str] | None = None) -> dict:
         "--sweep", action="store_true", help="instead of the arms: BLADE with other settings, one at a time"
     )
     parser.add_argument("--output", default=None)
-    parser.add_argument("--update", action="store_true", help="keep the rows of other arms and seeds of the output file")
+    parser.add_argument(
+        "--update", action="store_true", help="keep the rows of other arms and seeds of the output file"
+    )
     options = parser.parse_args(argv)
     for arm, first in SECOND_PASS.items():
         if arm in options.arms and first not in options.arms:
