@@ -35,6 +35,8 @@ from hf_bilevel.trainers.reference import is_peft_model
 
 MIN_COVERAGE = 10
 
+SATURATED = 0.02  # from 0 or 1: where a network's weights no longer move
+
 UPPER_LEARNING_RATES = {"table": 0.3, "domain": 0.01, "network": 0.001}
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # of the weights, in the model card
@@ -468,7 +470,7 @@ class BrosMixin(BilevelMixin):
             elif config.upper_variable == "domain":
                 self.upper = WeightTable(len(self.domain_names), config.weight_function).to(device)
             elif config.upper_variable == "network":
-                self.upper = WeightNetwork().to(device)
+                self.upper, self._said_saturated = WeightNetwork().to(device), False
                 self._table = torch.full((num_pool,), torch.nan, device=device)
             elif self._given_weights is not None:
                 ids, weights = self._ids_and_weights()
@@ -822,7 +824,19 @@ class BrosMixin(BilevelMixin):
         metrics = {f"bros/{name}": total / num for name, total in zip(_NOTES, sums, strict=True)} if num else {}
         if self.bilevel_config.upper_variable == "domain":
             metrics |= {f"bros/weight/{name}": weight for name, weight in self.domain_weights.items()}
+        if self.bilevel_config.upper_variable == "network" and num:
+            self._warn_if_saturated(metrics["bros/weight_mean"], metrics["bros/weight_std"])
         return metrics
+
+    def _warn_if_saturated(self, mean: float, spread: float) -> None:
+        if not self._said_saturated and not SATURATED < mean < 1 - SATURATED and spread < SATURATED:
+            self._said_saturated = True
+            warnings.warn(
+                f"By step {self.state.global_step} the network gives nearly all samples the weight {mean:.2g}, from which it hardly "
+                "comes back: it began to learn before the losses told samples apart. Raise `start_step`, or lower "
+                "`upper_learning_rate`.",
+                stacklevel=5,
+            )
 
     def bilevel_facts(self) -> dict[str, Any]:
         """Collect the facts of the run, with the settings as they were resolved."""

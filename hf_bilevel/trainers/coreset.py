@@ -816,9 +816,9 @@ class CoresetTrainer(CoresetMixin, Trainer):
     fitted by ridge regression, in closed form (``hf_bilevel.tangent_kernel``). The upper loss is then the mean squared distance
     to one-hot labels, and the gradient, exact but for the masks drawn, comes from what every single sample of the pool changes,
     those with probability 0 included. For classifiers from random or pretrained weights; with a frozen encoder it is the
-    regression on its features. Start it from ``initial_size=0.5``: what survives from a larger coreset is harder and more
-    diverse than what is best from the start, and a network learns more from it. With 200 steps and 2 masks that is the
-    engine of choice wherever a linear model is a fair picture of the network; otherwise train.
+    regression on its features. Start it from ``initial_size=0.5``, and compare (``scripts/benchmarks/coreset.py``, arm
+    ``pbcs_at_size``): the regression prefers what is best from the start, a network may not. With 200 steps and 2 masks that
+    is the engine of choice wherever a linear model is a fair picture of the network; otherwise train.
 
     The pool is collated once and kept on the device; augmentation and random masking are drawn once for the search, and anew
     for the training. Losses are those of the model's head, not of a ``compute_loss`` of your own. Inner trainings run in

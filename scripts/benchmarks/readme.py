@@ -92,6 +92,7 @@ CORESET_TASKS = {
 }
 CORESET_ARMS = {
     "pbcs": "**CoresetTrainer**",
+    "pbcs_at_size": "CoresetTrainer, its search begun at the size",
     "pbcs_trained": "CoresetTrainer, training a small network for each mask",
     "uniform": "uniform",
     "reservoir": "reservoir sampling",
@@ -161,7 +162,8 @@ def noisy_labels() -> str:
             f"| how often BLADE selects a sample | {plus_minus(summary, 'auroc/blade', digits=3)} | | |",
             "",
             "With a table BROS and MA-SOBA train a fresh model twice, for half of the steps each; with a network once. A second pass "
-            "takes as many steps again. Their settings were chosen on seed 0.",
+            "takes as many steps again. Their settings were chosen on seed 0, the network's on seeds 0 and 1. In full space one network of "
+            "five gave all samples the same weight.",
         ]
     return "\n".join(lines)
 
@@ -350,7 +352,7 @@ def coreset() -> str:
         [
             f"{config['size']} of {config['num_pool']:,} MNIST digits for the convolutional network of the paper, mean ± standard "
             f"deviation of the test accuracy in % over {num_seeds} seeds; in brackets the share of wrong labels in the coreset. The "
-            f'search (`engine="kernel"`, {config["outer_steps"]} outer steps, {search_seconds} s on a core of a busy CPU) fits the tangent '
+            f'search (`engine="kernel"`, {config["outer_steps"]} outer steps, {search_seconds} s on a core of a CPU) fits the tangent '
             "kernel of that network; with 20 % wrong labels and with unequal classes 100 clean digits are the target dataset.",
             "",
             *coreset_lines(("clean", "noise20", "imbalance50")),

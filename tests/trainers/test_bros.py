@@ -3,6 +3,7 @@
 import copy
 import math
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -770,6 +771,22 @@ def test_there_is_nothing_before_training(tmp_path: Path) -> None:
 def test_fixed_without_weights_has_weights_of_one(tmp_path: Path) -> None:
     trainer = train("vit", tmp_path, {"upper_variable": "fixed", "rank": 0.5}, num_pool=16, max_steps=1)
     assert torch.equal(trainer.sample_weights.weights, torch.ones(16))
+
+
+@pytest.mark.parametrize("bias, value", [(9.0, "1"), (-9.0, "0.00011"), (0.0, None)])
+def test_a_network_that_has_run_away_is_said(bias: float, value: str | None, tmp_path: Path) -> None:
+    class BiasedTrainer(BrosTrainer):
+        def _make_weights(self) -> None:
+            super()._make_weights()
+            self.upper.layers[2].bias.data += bias
+
+    settings = {"upper_variable": "network", "upper_learning_rate": 1e-6}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train("vit", tmp_path, settings, trainer_class=BiasedTrainer, max_steps=6, logging_steps=2)
+    said = [str(warning.message) for warning in caught if "gives nearly all samples" in str(warning.message)]
+    assert len(said) == (value is not None), said
+    assert value is None or f"By step 2 the network gives nearly all samples the weight {value}, " in said[0]
 
 
 def test_unseen_samples_have_no_weight_from_a_network(tmp_path: Path) -> None:
