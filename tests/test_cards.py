@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hostile_text import EVIL
 from hub_server import running_hub, validate_card
 from huggingface_hub import DatasetCard
 from hypothesis import given
@@ -133,15 +134,6 @@ def test_names_that_are_no_repository_are_refused(repo_id: str) -> None:
 
 
 # Text that is not ours -------------------------------------------------------------------------------------------------
-
-EVIL = (
-    "a|b `c` | d |\n| e | f |",
-    "<script>alert(1)</script></td>",
-    "\n---\nlicense: mit\n---\n# title",
-    "[a](http://b) ![a](b) **c** _d_ ~~e~~ @me",
-    "{{ 7*7 }} {% raw %} {# #} \\| &lt; &#60;",
-    "\n```\n$x$\n- item\n1. item",
-)
 
 
 @given(st.text())

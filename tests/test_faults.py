@@ -8,12 +8,10 @@ from pathlib import Path
 import pytest
 from test_contract import METHODS
 
+CASES = [("blade", 1, 2), *(pytest.param(m, n, 16 // n, marks=pytest.mark.slow) for m in METHODS for n in (1, 2))]
 
-@pytest.mark.parametrize(
-    "num_processes, num_kills",
-    [(1, 2), pytest.param(1, 20, marks=pytest.mark.slow), pytest.param(2, 8, marks=pytest.mark.slow)],
-)
-@pytest.mark.parametrize("method", METHODS)
+
+@pytest.mark.parametrize("method, num_processes, num_kills", CASES)
 def test_killed_runs_resume_to_the_same_end(method: str, num_processes: int, num_kills: int) -> None:
     """In a process of its own: one that has run autograd or opened threads must not fork."""
     script = Path(__file__).parent / "faults.py"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hostile_text import EVIL
 from hub_server import running_hub, validate_model_card
 from huggingface_hub import ModelCard
 from tiny import make_dataset, make_trainer
@@ -22,15 +23,6 @@ from hf_bilevel import (
     MixtureTrainer,
 )
 from hf_bilevel.cards import MethodSection, check_results, escape_markdown, model_section
-
-EVIL = (
-    "a|b `c` | d |\n| e | f |",
-    "<script>alert(1)</script></td>",
-    "\n---\nlicense: mit\n---\n# title",
-    "[a](http://b) ![a](b) **c** _d_ ~~e~~ @me",
-    "{{ 7*7 }} {% raw %} {# #} \\| &lt; &#60;",
-    "\n```\n$x$\n- item\n1. item",
-)
 
 
 def section(text: str, **kwargs: Any) -> str:
