@@ -404,7 +404,9 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
             return
         names, num = self.domain_names, len(self.domain_names)
         if num < 2:
-            raise ValueError(f"There is one domain only, {names[0]!r}, so there is nothing to mix. Use Trainer.")
+            raise ValueError(
+                f"There is one domain only in `train_dataset`, {names[0]!r}, so there is nothing to mix. Use Trainer."
+            )
         if self.bilevel_config.min_weight * num > 1:
             raise ValueError(
                 f"`min_weight` is {self.bilevel_config.min_weight} for each of {num} domains, which sums to more than 1. It must "

@@ -989,6 +989,7 @@ def saved_run(folder: Path, settings: dict[str, Any], resume: Path | None = None
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -1498,6 +1499,7 @@ def test_layers_that_no_gradient_reaches_are_a_warning(how: str, settings: dict,
         train_layers(how, {"rank": 0.5, **settings, **remedy}, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", EVALUATIONS)
 def test_looking_for_unreached_layers_changes_nothing(settings: dict, tmp_path: Path, monkeypatch: Any) -> None:
     runs = []

@@ -101,6 +101,7 @@ def test_the_search_finds_one_of_the_best_of_all_subsets(tmp_path: Path) -> None
     assert not torch.tensor(pool["wrong"])[subset.ids].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["sequential", "batched"])
 def test_wrong_labels_are_left_out(engine: str, tmp_path: Path) -> None:
     pool, target = make_points(80, seed=3, wrong=0.3), make_points(40, seed=2)
@@ -139,6 +140,7 @@ def test_the_kernel_takes_one_step_by_hand(tmp_path: Path) -> None:
     torch.testing.assert_close(subset.probabilities, stepped[subset.ids], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_upper_loss_is_on_the_pool_or_on_the_target(tmp_path: Path) -> None:
     # The pool alone cannot know that half of its labels are turned round: the target can.
     pool, target = make_points(60, seed=3, wrong=0.5), make_points(40, seed=2)
@@ -275,6 +277,7 @@ def test_one_search_serves_all_trainings_on_a_pool(tmp_path: Path, monkeypatch: 
     assert len(searches) == 2 and trainer.selected_subset().num_pool == 30
 
 
+@pytest.mark.slow
 def test_adapters_are_searched_and_trained(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -637,6 +640,7 @@ def test_a_loss_of_ones_own_that_the_search_does_not_see_is_said(tmp_path: Path)
         build(tmp_path, trainer_kwargs={"compute_loss_func": own_loss})
 
 
+@pytest.mark.slow
 def test_the_engine_is_a_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     for kind in (SequentialEngine, BatchedEngine):

@@ -173,7 +173,7 @@ UNROLLED = {"hypergradient": "unrolled"}
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = {
     # settings, arguments of the trainer, training arguments, what is said
     "no domains": ({"domain_column": None}, {}, {}, "needs to know the domains: set `domain_column`"),
-    "one domain": ({}, {"train_dataset": one_domain("vit")}, {}, "one domain only, 'web'"),
+    "one domain": ({}, {"train_dataset": one_domain("vit")}, {}, "one domain only in `train_dataset`, 'web'"),
     "an empty domain": (
         {"domain_names": [*NAMES, "maths"]},
         {},
@@ -498,7 +498,7 @@ def test_a_stream_is_weighted_by_the_shares_seen_so_far(tmp_path: Path) -> None:
         torch.testing.assert_close(step["drawn"], (counts / counts.sum()).double())
     assert len(trainer.judged) == 2 and all(entry["hypergradient"].isfinite().all() for entry in trainer.judged)
     wrong = Endless([{**row, "source": i % 4} for i, row in enumerate(ROWS)])
-    with pytest.raises(ValueError, match="The stream has the domain 3, and `domain_names` has only 3"):
+    with pytest.raises(ValueError, match="does not list the domain 3, which item 3 of the stream has as `source`"):
         train("vit", tmp_path, settings, train_dataset=wrong)
 
 
@@ -647,6 +647,7 @@ def test_one_step_ahead_is_the_scalar_product_of_gradients(name: str, hypergradi
 
 
 # The Trainer adds up the micro-batches' means of BERT's classifier; unrolled is the mean, as for all others.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "realisation", "accumulation"), [("llama", "draw", 2), ("llama", "weight", 2), ("bert", "draw", 1)]
 )
@@ -687,6 +688,7 @@ def test_unrolled_against_finite_differences(name: str, realisation: str, accumu
         assert float(torch.stack(slopes).abs().max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_the_weights_take_the_steps_of_their_hypergradients(tmp_path: Path) -> None:
     for settings, rate in [
         ({}, weight_learning_rate(3, 3, "mirror")),
@@ -715,6 +717,7 @@ def test_the_weights_take_the_steps_of_their_hypergradients(tmp_path: Path) -> N
         assert logged[-1]["mixture/weight/books"] == trainer.domain_weights["books"]
 
 
+@pytest.mark.slow
 def test_what_the_target_is_like_gains_weight(tmp_path: Path) -> None:
     """One domain has the target's labels, the others wrong ones."""
     rows = make_rows("vit", 24)
@@ -824,6 +827,7 @@ def test_evaluation_of_every_domain(tmp_path: Path) -> None:
     assert trainer.evaluate()["eval_weighted_loss"] == pytest.approx(sum(expected.values()) / 3, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_evaluation_of_a_dict_of_datasets(tmp_path: Path) -> None:
     parts = by_domain("llama", 30, seed=5)
@@ -997,6 +1001,7 @@ RESUMED: dict[str, tuple[dict[str, Any], int]] = {  # with the step to resume fr
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", RESUMED)
 def test_resuming_is_not_visible(case: str, tmp_path: Path) -> None:
     settings, step = RESUMED[case]
@@ -1022,6 +1027,7 @@ def test_resuming_is_not_visible(case: str, tmp_path: Path) -> None:
         assert set(whole.mixture.values()) != {1 / 3}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_resuming_with_workers_that_read_ahead(tmp_path: Path) -> None:
     settings = {"hypergradient": "alignment", "weight_learning_rate": 3.0}
