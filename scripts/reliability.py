@@ -79,6 +79,8 @@ def fuzz(options: argparse.Namespace) -> list[dict]:
             "-q",
             "-p",
             "no:cacheprovider",
+            "-n",
+            "0",
             "fuzz",
             "--hypothesis-profile",
             "full",

@@ -108,7 +108,8 @@ class CheckpointMixin:
                 reasons.append(str(error))
                 logger.warning("Skipping a checkpoint: %s", error)
         if self.args.world_size > 1:
-            whole = [step for step in whole if all(step in others for others in gather_object([whole]))]
+            on_each = gather_object([whole])
+            whole = [step for step in whole if all(step in found for found in on_each)]
         return whole, reasons
 
     def _together(self, read: Callable[[], Any]) -> Any:
