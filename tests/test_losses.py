@@ -695,7 +695,9 @@ def test_decoder_that_derives_its_inputs_itself() -> None:
 
 
 def test_virtual_tokens_are_refused() -> None:
-    message = r"The logits have \(4, 10\) positions and the `labels` \(4, 7\).*Virtual tokens .* not supported; LoRA is"
+    message = (
+        r"The logits have \(4, 10\) positions and the `labels` \(4, 7\).*Virtual tokens .* not supported; LoRA is"
+    )
     config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3)
     for vocabulary in (SMALL_VOCABULARY, LARGE):
         model = get_peft_model(llama(vocabulary), config).double()
