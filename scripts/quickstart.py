@@ -4,7 +4,7 @@
 
 Everything is real: scikit-learn's 1,797 scanned digits, a Vision Transformer, the Trainer. Five arms take the same number
 of optimizer steps; the table compares their accuracy on test digits, the plot shows how many wrong labels BLADE still
-selects as it trains. Under three minutes on two CPU cores.
+selects as it trains. A few minutes on two CPU cores.
 """
 
 import argparse
