@@ -72,6 +72,7 @@ def test_model_cards(script, tmp_path: Path, capsys: pytest.CaptureFixture) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The subspaces of")  # too few steps to learn anything
 @pytest.mark.parametrize(
     ("name", "keys"),
     [

@@ -215,10 +215,11 @@ def run_arm(
     }
     wrong = np.array([sample["wrong"] for sample in data["pool"]])
     if isinstance(trainer, BrosTrainer):
-        weights = trainer.sample_weights.weights.numpy()
-        row["wrong_share"] = float(weights[wrong].sum() / weights.sum())
-        row["auroc"] = float(roc_auc_score(~wrong, weights))
-        row["weight_wrong"], row["weight_right"] = float(weights[wrong].mean()), float(weights[~wrong].mean())
+        ids, weights = (values.numpy() for values in trainer.sample_weights)  # a network's only of what it has seen
+        found = wrong[ids]
+        row["wrong_share"] = float(weights[found].sum() / weights.sum())
+        row["auroc"] = float(roc_auc_score(~found, weights))
+        row["weight_wrong"], row["weight_right"] = float(weights[found].mean()), float(weights[~found].mean())
     if isinstance(trainer, BladeTrainer):
         tally = {key: table.numpy() for key, table in trainer.sample_tally.state_dict().items()}
         row["wrong_share"] = float(tally["selected"][wrong].sum() / tally["selected"].sum())
