@@ -66,6 +66,14 @@ def test_a_broken_sample_of_the_pool_is_not_chosen(method: str, value: float, tm
     assert train(method, tmp_path, rows(64, bad=[5], value=value), rows(10, seed=7)).isfinite().all()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_coreset_with_a_broken_sample_is_an_error(value: float, tmp_path: Path) -> None:
+    """The most probable samples are taken without a look at others, so all that is left is to say it."""
+    bad = [3, 5, 9, 12]
+    with pytest.raises(FloatingPointError, match="Look for NaN and infinite values in the pool, .*`num_final_masks`"):
+        train("coreset", tmp_path, rows(64, bad=bad, value=value), rows(10, seed=7), settings={"num_final_masks": 0})
+
+
 @pytest.mark.parametrize("method", ["bros", "mixture"])
 def test_a_broken_sample_that_is_trained_on_is_an_error(method: str, tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match="NaN or infinite.*look for broken samples"):

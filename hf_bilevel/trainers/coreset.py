@@ -287,8 +287,8 @@ class CoresetMixin(BilevelMixin):
         Raises:
             ValueError: If there is nothing to resume from, or it belongs to another pool.
 
-        Inner trainings that diverge are left out and counted; ten outer steps in a row of which fewer than two are left raise
-        a ``FloatingPointError``.
+        Inner trainings that diverge are left out and counted; ten outer steps in a row of which fewer than two are left, and a
+        coreset whose own diverges, raise a ``FloatingPointError``.
         """
         if self._is_off():
             raise ValueError("`size='pool'` keeps every sample; set `size` to search a coreset.")
@@ -407,6 +407,12 @@ class CoresetMixin(BilevelMixin):
         if num == 0:
             mask = top_mask(probabilities, size)
             loss = self._upper_losses(engine, mask[None], outer_steps)[0]
+            if not loss.isfinite():
+                raise FloatingPointError(
+                    f"The coreset of the {size} most probable samples has the upper loss {float(loss)}: its inner training diverged, "
+                    "or one of its samples is broken. Look for NaN and infinite values in the pool, lower `inner_learning_rate` "
+                    f"(now {self._inner_learning_rate}), or set `num_final_masks`, of which one with a finite loss is taken."
+                )
         else:
             generator = torch.Generator().manual_seed(derive_seed(self._seed, _FINAL))
             upper_losses = partial(self._upper_losses, engine, step=outer_steps)

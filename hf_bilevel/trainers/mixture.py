@@ -570,10 +570,6 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
     def _count(self, origins: list[Origin]) -> None:
         num = len(self.domain_names)
         ids = torch.cat([origin.domain_ids.to(self.args.device) for origin in origins])
-        if int(ids.max()) >= num:
-            raise ValueError(
-                f"The stream has the domain {int(ids.max())}, and `domain_names` has only {num}: {self.domain_names}."
-            )
         self._counted += self.accelerator.reduce(torch.bincount(ids, minlength=num)).cpu()
         self._shares = self._counted / self._counted.sum()
 
