@@ -9,7 +9,8 @@ Parts:
             bit for bit. `--kills` of each method in one process, `--kills_of_two` in two (tests/faults.py).
     soak    a long run of each method: resident memory and open files over the steps (tests/soak.py).
     fuzz    random configs, batches, datasets and files (tests/fuzz, profile "full").
-    cells   how many cells of docs/compatibility.md are tested, refused and not tested.
+    cells   how many cells of docs/compatibility.md are tested, refused and not tested, after running every test named there.
+    traffic bytes that each method gives to collectives (tests/traffic.py).
 
 A part that fails stops the script and leaves the file as it was. The results of parts that are not run are kept. The tables of
 the page are written from the file.
@@ -31,13 +32,21 @@ from report import write_report  # noqa: E402
 
 METHODS = {"blade": "BLADE", "bros": "BROS", "mixture": "Mixture", "coreset": "Coreset"}
 PAGE = ROOT / "docs" / "reliability.md"
+OCCASIONS = {
+    "before": "before the first step",
+    "step": "a step",
+    "phase": "a phase adds",
+    "log": "a log entry adds",
+    "checkpoint": "a checkpoint adds",
+}
 PHASES = {
     "starting": "starting and loading",
     "training": "between and in steps",
     "checkpoint": "writing a checkpoint",
     "inner": "training a reference, or searching",
 }
-PARTS = ("kills", "soak", "fuzz", "cells")
+PARTS = ("kills", "soak", "fuzz", "cells", "traffic")
+NAMED_TEST = re.compile(r"`(?P<file>test_\w+\.py)::(?P<test>test_\w+)`")
 
 
 def call(command: list[str], **environment: str) -> str:
@@ -91,15 +100,27 @@ def fuzz(options: argparse.Namespace) -> list[dict]:
 
 
 def cells(options: argparse.Namespace) -> list[dict]:
+    page = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    files = {path.name: path.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py")}
+    named = sorted({f"{files[found['file']]}::{found['test']}" for found in NAMED_TEST.finditer(page)})
+    # Also the slow ones, which the project's own settings leave out.
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2", "-m", "not gpu", *named]
+    print(call(command).splitlines()[-1])
     rows = []
-    for line in (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8").splitlines():
+    for line in page.splitlines():
         entries = [entry.strip() for entry in line.strip("|").split("|")]
         if line.startswith("| ") and len(entries) == 5 and entries[0]:
             for method, entry in zip(METHODS, entries[1:], strict=True):
                 kind = next((kind for kind in ("refused", "not tested", "tested") if entry.startswith(kind)), "said")
                 kind = "tested" if kind == "said" and ("::" in entry or entry.startswith("the same")) else kind
                 rows.append({"part": "cells", "feature": entries[0], "method": method, "kind": kind})
-    return rows
+    return [*rows, {"part": "cells", "kind": "tests", "num": len(named)}]
+
+
+def traffic(options: argparse.Namespace) -> list[dict]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "traffic.py"]
+    found = [json.loads(line) for line in call(command).splitlines() if line.startswith("{")]
+    return [{"part": "traffic", **row} for row in found]
 
 
 def summarise(rows: list[dict]) -> dict[str, float]:
@@ -117,6 +138,11 @@ def summarise(rows: list[dict]) -> dict[str, float]:
             summary["soak_steps"] = summary.get("soak_steps", 0) + row["steps"]
         elif row["part"] == "fuzz":
             summary["fuzz_cases"] = summary.get("fuzz_cases", 0) + row["cases"]
+        elif row["part"] == "traffic":
+            for occasion in OCCASIONS:
+                summary[f"traffic/{row['method']}/{occasion}"] = row[occasion]
+        elif row["kind"] == "tests":
+            summary["cells/tests_run"] = row["num"]
         else:
             summary[f"cells/{row['kind']}"] = summary.get(f"cells/{row['kind']}", 0) + 1
     return summary
@@ -165,11 +191,22 @@ def cells_table(rows: list[dict], summary: dict[str, float]) -> str:
         method: [sum(1 for row in rows if (row.get("method"), row.get("kind")) == (method, kind)) for kind in kinds]
         for method in METHODS
     }
-    return table(["", *kinds], [[METHODS[method], *values] for method, values in counts.items()])
+    cells = table(["", *kinds], [[METHODS[method], *values] for method, values in counts.items()])
+    num = summary.get("cells/tests_run")
+    return f"{cells}\n\n{num} tests are named in these cells; all of them were run, and passed."
 
 
-RUN = {"kills": kills, "soak": soak, "fuzz": fuzz, "cells": cells}
-TABLES = {"kills": kills_table, "soak": soak_table, "fuzz": fuzz_table, "cells": cells_table}
+def traffic_table(rows: list[dict], summary: dict[str, float]) -> str:
+    lines = [
+        [f"`{row['method']}`", *(f"{row[occasion]:,.0f}" for occasion in ("parameters", *OCCASIONS))]
+        for row in rows
+        if row["part"] == "traffic"
+    ]
+    return table(["", "parameters", *OCCASIONS.values()], lines)
+
+
+RUN = {"kills": kills, "soak": soak, "fuzz": fuzz, "cells": cells, "traffic": traffic}
+TABLES = {"kills": kills_table, "soak": soak_table, "fuzz": fuzz_table, "cells": cells_table, "traffic": traffic_table}
 
 
 def render(report: dict) -> str:

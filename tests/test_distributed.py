@@ -1,45 +1,85 @@
-"""Two real processes with gloo. `accelerate launch --cpu --num_processes 2` would start one, so torchrun starts them."""
+"""Real processes with gloo. `accelerate launch --cpu --num_processes 2` would start one, so torchrun starts them."""
 
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import make_dataset, make_model, make_trainer, wide_norms
+from several_processes import (
+    BROS_ON,
+    CASES,
+    CORESET_ON,
+    GLOBAL_LEARNING_RATE,
+    GLOBAL_RUNS,
+    MIXTURE_ON,
+    ON,
+    TRAINERS,
+    variables,
+)
+from tiny import make_dataset, make_model, make_trainer, parameters_of, wide_norms
 from transformers import set_seed
-from two_processes import CORESET_ON, GLOBAL_LEARNING_RATE, GLOBAL_RUNS, variables
 
-from hf_bilevel import BrosConfig, BrosTrainer, CoresetConfig, CoresetTrainer, load_selected_subset
+from hf_bilevel import (
+    BladeConfig,
+    BladeTrainer,
+    BrosConfig,
+    BrosTrainer,
+    CoresetConfig,
+    CoresetTrainer,
+    MixtureConfig,
+    MixtureTrainer,
+    load_selected_subset,
+)
 
-MIXTURE_CASES = ("mixture vit", "mixture llama", "mixture alignment")
+SCRIPT = Path(__file__).parent / "several_processes.py"
+
+
+def start(num_processes: int, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    return subprocess.run(
+        [*command, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=500, cwd=SCRIPT.parent
+    )
+
+
+def assert_passed(result: "subprocess.CompletedProcess[str]", cases: Iterable[str]) -> None:
+    output = result.stdout + result.stderr
+    assert result.returncode == 0, output[-6000:]
+    for case in cases:
+        assert f"{case}: passed" in output, output[-6000:]
+
+
+@pytest.mark.slow
+def test_four_processes(tmp_path: Path) -> None:
+    cases = (
+        "vit",
+        "llama",
+        "bros vit",
+        "bros network",
+        "mixture vit",
+        "mixture llama",
+        "coreset",
+        "uneven",
+        "disagreement",
+    )
+    assert_passed(start(4, str(tmp_path), *cases), cases)
+
+
+@pytest.mark.slow
+def test_a_process_that_cannot_go_on_takes_the_others_with_it(tmp_path: Path) -> None:
+    result = start(2, str(tmp_path), "one fails")
+    assert result.returncode != 0
+    assert "FloatingPointError: No candidate of a batch has a finite loss and a label at step 0" in result.stderr
 
 
 @pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
-    script = Path(__file__).parent / "two_processes.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run(
-        [*command, str(script), str(tmp_path)], capture_output=True, text=True, timeout=500, cwd=script.parent
-    )
-    output = result.stdout + result.stderr
-    assert result.returncode == 0, output[-6000:]
-    for case in (
-        "vit",
-        "torn",
-        "llama",
-        "bert",
-        "lora",
-        "bros vit",
-        "bros llama",
-        "bros network",
-        *MIXTURE_CASES,
-        "coreset",
-    ):
-        assert f"{case}: passed" in output, output[-6000:]
+    assert_passed(start(2, str(tmp_path)), CASES)
     for case, expected in torch.load(tmp_path / "global.pt", weights_only=True).items():
         assert_one_process_is_the_same(case, expected, tmp_path)
+    assert_other_numbers_of_processes(tmp_path)
     one = make_trainer(
         CoresetTrainer,
         "vit",
@@ -57,11 +97,11 @@ def test_two_processes(tmp_path: Path) -> None:
 
 def assert_one_process_is_the_same(case: str, expected: dict[str, torch.Tensor], folder: Path) -> None:
     """One process with the doubled batch; in float64, with sample weights in float32: to 1e-6 of the largest entry."""
-    name, settings, kwargs = GLOBAL_RUNS[case]
+    name, config, kwargs = GLOBAL_RUNS[case]
     model = wide_norms(make_model(name)).double()
     start = torch.cat([p.detach().flatten() for p in model.parameters()])
     trainer = make_trainer(
-        BrosTrainer,
+        TRAINERS[type(config)],
         name,
         folder / "one process",
         model=model,
@@ -71,7 +111,7 @@ def assert_one_process_is_the_same(case: str, expected: dict[str, torch.Tensor],
         gradient_accumulation_steps=2,
         trainer_kwargs={
             "target_dataset": make_dataset(name, 10, seed=7),
-            "bilevel_config": BrosConfig(**settings),
+            "bilevel_config": config,
             **kwargs,
         },
     )
@@ -86,3 +126,30 @@ def assert_one_process_is_the_same(case: str, expected: dict[str, torch.Tensor],
         torch.testing.assert_close(
             value, expected[key], rtol=0, atol=tolerance, msg=lambda text, k=key: f"{case}, {k}: {text}"
         )
+
+
+def assert_other_numbers_of_processes(folder: Path) -> None:
+    """What two processes wrote is resumed by one where no state belongs to a process, else refused, with the way out."""
+    runs = {
+        "vit": (BladeTrainer, BladeConfig(**ON)),
+        "coreset": (CoresetTrainer, CoresetConfig(**CORESET_ON)),
+        "bros vit": (BrosTrainer, BrosConfig(**BROS_ON, estimator="bi_probe")),
+        "mixture vit": (MixtureTrainer, MixtureConfig(**MIXTURE_ON)),
+    }
+    for case, (trainer_class, config) in runs.items():
+        trainer = make_trainer(
+            trainer_class,
+            "vit",
+            folder / "one process",
+            max_steps=6,
+            per_device_train_batch_size=8,
+            gradient_accumulation_steps=2,
+            trainer_kwargs={"target_dataset": make_dataset("vit", 10, seed=7), "bilevel_config": config},
+        )
+        checkpoint = str(folder / case / "on" / "checkpoint-4")
+        if case in ("vit", "coreset"):
+            trainer.train(resume_from_checkpoint=checkpoint)
+            assert trainer.state.global_step == 6 and parameters_of(trainer).isfinite().all()
+        else:
+            with pytest.raises(ValueError, match="holds the state of 2 processes, this run has 1. Resume with 2"):
+                trainer.train(resume_from_checkpoint=checkpoint)

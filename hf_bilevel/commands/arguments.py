@@ -189,14 +189,33 @@ class BladeRunArguments(SubsetRunArguments):
 
     Args:
         trl: Train with TRL's ``SFTTrainer`` behind BLADE.
+        reference_model: For ``reference: static``, the frozen model to compare with: id on the Hub or local folder.
 
     Raises:
         ValueError: If trl is asked for and not installed.
     """
 
     trl: bool = field(default=False, metadata={"help": "Train with TRL's SFTTrainer behind BLADE."})
+    reference_model: str | None = field(
+        default=None, metadata={"help": "For reference: static, the frozen model to compare with: id or local folder."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.trl and importlib.util.find_spec("trl") is None:
             raise ValueError("`trl` needs the package trl, which is not installed: `pip install trl`, or drop `trl`.")
+
+
+@dataclass
+class CoresetRunArguments(RunArguments):
+    """The same for coresets.
+
+    Args:
+        search_model: Model that is trained in the search instead of ``model``, for instance a smaller one: id on the Hub or local
+            folder. It must read the same tokens or pixels.
+    """
+
+    search_model: str | None = field(
+        default=None,
+        metadata={"help": "Model to search with instead, a smaller one for instance: id or local folder."},
+    )

@@ -1,5 +1,6 @@
 """Load the model, its config and its tokenizer or image processor."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,44 @@ def build_model(
     with torch.device("meta"):
         empty = auto.from_config(config, dtype=dtype, **options)
         return _with_adapter(empty, model) if model.peft else empty
+
+
+def build_other_model(
+    name: str, source: str, model: ModelArguments, processor: Any, label_names: list[str] | None
+) -> PreTrainedModel:
+    """Load a model that reads the same rows as the one that is trained, without an adapter.
+
+    Args:
+        name: The setting that names it, for messages.
+        source: Id on the Hub or local folder.
+        model: The model that is trained: task, dtype and attention are taken from it.
+        processor: Its tokenizer or image processor.
+        label_names: Of a classification.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If it cannot be loaded, or reads other tokens or images.
+    """
+    other = dataclasses.replace(model, model=source, peft=False)
+    try:
+        config, own_processor = load_config_and_processor(other)
+    except ValueError as error:
+        raise ValueError(str(error).replace("`model: ", f"`{name}: ")) from error
+    if isinstance(processor, PreTrainedTokenizerBase):
+        same = own_processor.get_vocab() == processor.get_vocab()
+    else:
+        same = getattr(own_processor, "size", None) == getattr(processor, "size", None)
+    if not same:
+        what = "tokens" if isinstance(processor, PreTrainedTokenizerBase) else "images"
+        raise ValueError(
+            f"`{name}: {source}` reads other {what} than `model: {model.model}`, and both see the same rows. Take a model with the "
+            f"same {'vocabulary' if what == 'tokens' else 'size of images'}."
+        )
+    if getattr(config, "pad_token_id", None) is None and hasattr(processor, "pad_token_id"):
+        config.pad_token_id = processor.pad_token_id
+    return build_model(other, config, label_names)
 
 
 def _source(model: ModelArguments) -> str:

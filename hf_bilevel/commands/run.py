@@ -15,12 +15,13 @@ from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
 
 from hf_bilevel.commands.arguments import (
     BladeRunArguments,
+    CoresetRunArguments,
     DataArguments,
     ModelArguments,
     RunArguments,
     SubsetRunArguments,
 )
-from hf_bilevel.commands.models import build_model, load_config_and_processor
+from hf_bilevel.commands.models import build_model, build_other_model, load_config_and_processor
 from hf_bilevel.commands.plan import describe
 from hf_bilevel.commands.prepare import PreparedData, prepare
 from hf_bilevel.commands.recipe import parse
@@ -62,7 +63,9 @@ COMMANDS = {
     ),
     "bros": Command(BrosTrainer, BrosConfig, SubsetRunArguments, "learn a weight for every sample, and train with it"),
     "mixture": Command(MixtureTrainer, MixtureConfig, SubsetRunArguments, "learn how much of each domain to train on"),
-    "coreset": Command(CoresetTrainer, CoresetConfig, RunArguments, "find a subset of a fixed size, and train on it"),
+    "coreset": Command(
+        CoresetTrainer, CoresetConfig, CoresetRunArguments, "find a subset of a fixed size, and train on it"
+    ),
 }
 
 
@@ -134,6 +137,11 @@ def _check_settings(
             f"`push_subset` uploads rows of `train_dataset`, and with `{'streaming' if data.streaming else 'pack'}` none are told "
             "apart. Drop one of them."
         )
+    if getattr(config, "reference", None) == "static" and job.reference_model is None:
+        raise ValueError(
+            "`reference: static` compares with a frozen model: set `reference_model` to its id or folder, or use "
+            "`reference: dynamic`."
+        )
     if model.task == "image_classification":
         args.remove_unused_columns = False  # pixels are made of images when a row is read
     if getattr(job, "trl", False):
@@ -182,6 +190,11 @@ def _make_trainer(
         from hf_bilevel.commands.sft import BladeSFTTrainer as trainer_class
     if getattr(model_config, "pad_token_id", None) is None and hasattr(processor, "pad_token_id"):
         model_config.pad_token_id = processor.pad_token_id  # a classifier looks for the last token before it
+    others = {
+        name: build_other_model(name, getattr(job, name), model, processor, prepared.label_names)
+        for name in ("reference_model", "search_model")
+        if getattr(job, name, None) is not None
+    }
     return trainer_class(
         model=build_model(model, model_config, prepared.label_names),
         args=args,
@@ -192,6 +205,7 @@ def _make_trainer(
         processing_class=processor,
         compute_metrics=None if prepared.label_names is None else _accuracy,
         bilevel_config=config,
+        **others,
     )
 
 

@@ -95,7 +95,7 @@ def loss_coefficients(weights: Tensor, counts: Tensor, num_items: Tensor | float
 
     The loss is :math:`\sum_i w_i c_i \ell_i / N`: with all weights 1 it is the mean over all units, as the Trainer computes
     it. Normalised, the weights are first divided by their mean over the batch's units, so that a batch counts in full
-    however small its weights are.
+    however small its weights are; one in which all are zero does not count.
 
     Args:
         weights: w, ``(n,)``, not negative.
@@ -109,8 +109,11 @@ def loss_coefficients(weights: Tensor, counts: Tensor, num_items: Tensor | float
     Example:
         >>> loss_coefficients(torch.tensor([0.1, 0.3]), torch.tensor([1, 1]), 2, normalise=True)
         tensor([0.2500, 0.7500])
+        >>> loss_coefficients(torch.zeros(2), torch.tensor([1, 1]), 2, normalise=True)
+        tensor([0., 0.])
     """
     if normalise:
-        total = (weights * counts).sum()
-        weights = weights * (counts.sum() / total.clamp(min=torch.finfo(weights.dtype).tiny))
+        # The quotient first, and exactly 1 where all weights are 1. Its largest value times a weight of zero must not be NaN.
+        numbers = torch.finfo(weights.dtype)
+        weights = weights * (counts.sum() / (weights * counts).sum().clamp(min=numbers.tiny / numbers.eps))
     return weights * counts / num_items

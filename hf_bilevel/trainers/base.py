@@ -34,6 +34,7 @@ from hf_bilevel.data import (
 )
 from hf_bilevel.losses import IGNORE_INDEX, SampleLossFunction, UnitLosses, evaluating, unit_losses
 from hf_bilevel.subset import SelectedSubset, dataset_facts, ranking_facts
+from hf_bilevel.trainers.agreement import AgreementCallback
 from hf_bilevel.trainers.checkpoints import CheckpointMixin, versions
 from hf_bilevel.trainers.config import BilevelConfig
 from hf_bilevel.trainers.cost import Load
@@ -85,6 +86,8 @@ class BilevelMixin(CheckpointMixin):
         self.compute_sample_losses = compute_sample_losses
         super().__init__(model=model, args=args, **kwargs)
         self._candidate_batch_size = self.args.per_device_train_batch_size
+        if self.bilevel_config.check_processes:
+            self.add_callback(AgreementCallback(self._state_of_all_processes))
         self._prepare_pool()
 
     # What a method defines ------------------------------------------------------------------------------------------
@@ -370,6 +373,13 @@ class BilevelMixin(CheckpointMixin):
         if self.is_in_train and "loss" in logs and not self._is_off():
             logs.update(self._bilevel_metrics())
         super().log(logs, *args, **kwargs)
+
+    def _state_of_all_processes(self) -> dict[str, Any]:
+        """Collect what must be the same on all processes between two optimizer steps."""
+        return {
+            "model": dict(self.model.named_parameters()),
+            self.method: {} if self._is_off() else self._shared_state(),
+        }
 
     # Facts ----------------------------------------------------------------------------------------------------------
 

@@ -26,6 +26,8 @@ class BilevelConfig:
         domain_column: Column of the training dataset that names each sample's domain, as names or as integers 0..D-1;
             None without domains.
         domain_names: Names of the domains in the order of their ids. Needed only for names in a streaming dataset.
+        check_processes: For debugging: stop if weights or the method's state differ between processes after an optimizer step, or
+            after an outer step of a search, and name what differs. Costs a hash of all of it in every step.
 
     Raises:
         ValueError: If a value is out of range.
@@ -40,6 +42,11 @@ class BilevelConfig:
     )
     domain_names: list[str] | None = field(
         default=None, metadata={"help": "Names of the domains, in the order of their ids; for streaming datasets."}
+    )
+
+    check_processes: bool = field(
+        default=False,
+        metadata={"help": "For debugging: after every step, stop if weights or state differ between processes."},
     )
 
     # Fields that are a number of a type or a word. They are declared strings, since HfArgumentParser reads `int | str`

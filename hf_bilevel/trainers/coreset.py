@@ -41,6 +41,7 @@ from hf_bilevel.losses import UnitLosses, find_head, unit_losses, unsupported_he
 from hf_bilevel.plots import domain_shares, kept_against_dropped, montage, upper_losses_over_search
 from hf_bilevel.subset import SelectedSubset
 from hf_bilevel.tangent_kernel import KernelEngine
+from hf_bilevel.trainers.agreement import check_agreement
 from hf_bilevel.trainers.base import BilevelMixin
 from hf_bilevel.trainers.checkpoints import write_state
 from hf_bilevel.trainers.config import BilevelConfig
@@ -339,6 +340,8 @@ class CoresetMixin(BilevelMixin):
                 schedule = search_schedule(step, config.outer_steps, config.upper_learning_rate, initial_size, size)
                 progress.search.step(gradient, *schedule)
                 progress.add(losses)
+                if config.check_processes and self.args.world_size > 1:
+                    check_agreement(progress.state_dict(), f"after outer step {progress.step} of the search")
                 if progress.num_lost_in_a_row == MAX_LOST_STEPS:
                     raise FloatingPointError(
                         f"The inner trainings of {MAX_LOST_STEPS} outer steps in a row, {config.num_masks} each, did not leave two "

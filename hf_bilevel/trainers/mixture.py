@@ -664,13 +664,18 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
         return self.model_accepts_loss_kwargs and num_items is not None or self.compute_loss_func is not None
 
     def _probe(self, step: int) -> list[tuple[Any, Tensor]]:
-        """Draw rows of every domain, as batches with the rows' domains."""
+        """Draw rows of every domain, the same for any number of processes, and take this one's share of them.
+
+        Returns:
+            Batches with the rows' domains.
+        """
         if self._rows is None:
             return [(entry["batch"], entry["domain_ids"]) for entry in self._recent]
         size = self._candidate_batch_size
-        num_each = max(1, math.ceil(self.bilevel_config.probe_batches * size / len(self._rows)))
-        seed = derive_seed(self._seed, step, self.args.process_index, _PROBE)
-        rows = stratified_rows(self._rows, num_each, seed)
+        num = self.bilevel_config.probe_batches * size * self.args.world_size
+        seed = derive_seed(self._seed, step, 0, _PROBE)
+        rows = stratified_rows(self._rows, max(1, math.ceil(num / len(self._rows))), seed)
+        rows = rows[self.args.process_index :: self.args.world_size]
         dataset, collator = self._collator_for(self.train_dataset)
         chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
         return [(collator(fetch(dataset, chunk)), self._domain_ids[torch.tensor(chunk)]) for chunk in chunks]

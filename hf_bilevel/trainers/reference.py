@@ -370,7 +370,7 @@ class ReferenceMixin(BilevelMixin):
             before_step: Called with the optimizer and the index of the step before each step.
 
         Returns:
-            The loss of every step, ``(num_steps,)``, on the device: no host sync.
+            The loss of every step, ``(num_steps,)``, the mean over processes, on the device: no host sync.
         """
         totals = []
         with self.reference.active(training=True) as reference:
@@ -397,7 +397,8 @@ class ReferenceMixin(BilevelMixin):
                 totals.append(total)
         if self._pool_loader is not None:
             self._pool_loader.position += num_steps
-        return torch.stack(totals)
+        losses = torch.stack(totals)
+        return self.accelerator.reduce(losses, "mean") if self.args.world_size > 1 else losses
 
     def _reference_optimizer(self, reference: nn.Module) -> torch.optim.Optimizer:
         """Build an optimizer for the reference."""

@@ -6,7 +6,8 @@
 Each arm has a trainer of its own on a copy of one model and on the same random data. In every round each trainer makes one
 short ``train()`` call, in alternating order, and a callback times its steps from the end of one to the end of the next, so
 that fetching, scoring and selecting the next batch are included. The first step of a call is dropped: it holds the set-up,
-and for BLADE the first reference phase. Reported is the median over rounds of (arm / plain of the same round).
+and for BLADE the first reference phase. The plain Trainer trains before and after every arm, itself one of them: reported is the
+median over rounds of an arm's time over the mean of these two, and how far those of the plain arm lie from 1 is the noise.
 
 ``limit`` is what counting forward passes predicts, a plain step being 3; the passes of the real runs are counted too, and
 must agree. ``blade_token_amortised`` adds the reference phase at the published K / T = 300 / 1,000, from the measured cost
@@ -210,10 +211,12 @@ def measure(model_name: str, seed: int, batch_size: int, steps: int, rounds: int
     model, data = build(model_name, batch_size * (1 + max(steps, *TIMED_STEPS.values())), seed, smoke)
     arms = ("plain", *MODELS[model_name])
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+    ratios: dict[str, list[float]] = {arm: [] for arm in arms}
     with tempfile.TemporaryDirectory() as folder:
         trainers = {arm: make_trainer(arm, model, data, batch_size, steps, folder) for arm in arms}
         equivalents = {arm: count_forwards(arm, trainer) for arm, trainer in trainers.items()}  # warms up as well
         for i in range(rounds):
+            before = statistics.median(train(trainers["plain"]))
             for arm in arms if i % 2 == 0 else reversed(arms):  # a drift of the machine hits all arms alike
                 times = train(trainers[arm])
                 if (
@@ -223,7 +226,9 @@ def measure(model_name: str, seed: int, batch_size: int, steps: int, rounds: int
                 else:  # one step of bros_every5, and a few of mixture, are not like the others
                     mean = statistics.fmean if arm in ("bros_every5", "mixture") else statistics.median
                     seconds[arm].append(mean(times))
-    ratios = {arm: [t / plain for t, plain in zip(seconds[arm], seconds["plain"], strict=True)] for arm in arms}
+                after = statistics.median(train(trainers["plain"]))
+                ratios[arm].append(seconds[arm][-1] / ((before + after) / 2))
+                before = after
     if "phase" in arms:
         pairs = zip(ratios["blade_token"], ratios["phase"], strict=True)
         ratios["blade_token_amortised"] = [step + SHARE * phase for step, phase in pairs]

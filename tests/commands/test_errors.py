@@ -2,9 +2,12 @@
 
 import importlib.util
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from hf_bilevel.commands import run as run_module
 from hf_bilevel.commands.main import main
@@ -207,3 +210,29 @@ def test_what_the_trainer_refuses_is_said_without_a_traceback(tiny, data, common
     assert message_of(["blade", *argv]).startswith("hf-bilevel blade: BladeTrainer needs `target_dataset`")
     message = message_of(["mixture", *argv, "--target_dataset", data["target.jsonl"]])
     assert "MixtureTrainer needs to know the domains: set `domain_column`" in message
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "message"),
+    [
+        ("blade", "--reference static", "`reference: static` compares with a frozen model: set `reference_model`"),
+        (
+            "blade",
+            "--reference static --reference_model {models}/vit",
+            "`reference_model: .*vit` is a vit and cannot be trained for",
+        ),
+        ("coreset", "--search_model {models}/lama", "`search_model: .*lama` is not a folder. Do you mean `llama`"),
+        ("coreset", "--search_model {other}", "`search_model: .*` reads other tokens than `model: .*same vocabulary"),
+    ],
+)
+def test_another_model_that_does_not_fit(command, given, message, tiny, data, common, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny["base"], other)
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["one more"])
+    tokenizer.save_pretrained(other)
+    places = ["--model", tiny["base"], "--train_dataset", data["pool.jsonl"], "--target_dataset", data["target.jsonl"]]
+    models = str(Path(tiny["base"]).parent)
+    argv = [command, *places, *common, *given.format(models=models, other=other).split()]
+    argv += ["--size", "7"] if command == "coreset" else []
+    assert re.search(message, message_of(argv))

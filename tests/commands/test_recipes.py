@@ -142,3 +142,22 @@ def test_two_processes_are_two(tiny, data, common, tmp_path: Path) -> None:
     assert len(subset) == 16, "half of the 32 rows that both have seen"
     assert without.returncode != 0
     assert "2 processes were started, and each would train for itself" in without.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "script, argv",
+    [
+        ("train_bros", "--rank 4"),
+        ("train_mixture", "--domain_column source --inner_steps 1"),
+        ("select_coreset", "--size 8 --outer_steps 2 --inner_steps 2 --num_masks 2 --num_final_masks 1"),
+    ],
+)
+def test_other_methods_on_two_processes(
+    script: str, argv: str, tiny, data, common, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    places = ["--model", tiny["base"], "--train_dataset", data["pool.jsonl"], "--target_dataset", data["target.jsonl"]]
+    done = launch(str(ROOT / "scripts" / f"{script}.py"), *places, *common, *argv.split())
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "output" / "bilevel_facts.json").read_text())["world_size"] == 2

@@ -139,6 +139,18 @@ def test_mixture_on_packed_domains(tiny, data, common) -> None:
     assert not (Path(trainer.args.output_dir) / "selected_subset").exists(), "packed rows are no rows of the pool"
 
 
+@pytest.mark.filterwarnings("ignore:The subspaces of")
+@pytest.mark.parametrize(
+    "command, argv",
+    [("bros", "--rank 4"), ("coreset", "--size 3 --outer_steps 2 --inner_steps 2 --num_masks 2 --num_final_masks 1")],
+)
+def test_other_methods_on_packed_rows(command: str, argv: str, tiny, data, common) -> None:
+    trainer = run(command, ["--model", tiny["base"], *places(data), *common, "--pack", *argv.split()])
+    lengths = [len(row) for row in trainer.train_dataset["input_ids"]]
+    assert max(lengths) == 64 and sum(length < 64 for length in lengths) <= 1
+    assert not (Path(trainer.args.output_dir) / "selected_subset").exists(), "packed rows are no rows of the pool"
+
+
 def test_mixture_saves_rows_by_domain(tiny, data, common) -> None:
     argv = ["--model", tiny["base"], *places(data, "{}.csv"), *common, "--domain_column", "source", "--max_steps", "3"]
     trainer = run("mixture", [*argv, "--inner_steps", "1", "--subset_fraction", "0.5"])
@@ -147,6 +159,27 @@ def test_mixture_saves_rows_by_domain(tiny, data, common) -> None:
     assert [subset.domain_names[i] for i in subset.domain_ids] == [
         ["web", "books"][i % 2] for i in subset.ids.tolist()
     ]
+
+
+def test_blade_with_a_static_reference(tiny, data, common, tmp_path: Path) -> None:
+    reference = AutoModelForCausalLM.from_pretrained(tiny["base"])
+    with torch.no_grad():
+        reference.lm_head.weight.mul_(1.5)
+    reference.save_pretrained(tmp_path / "reference")
+    AutoTokenizer.from_pretrained(tiny["base"]).save_pretrained(tmp_path / "reference")
+    argv = ["--model", tiny["base"], *places(data), *common, "--peft", "--reference", "static"]
+    trainer = run("blade", [*argv, "--reference_model", str(tmp_path / "reference")])
+    assert torch.equal(trainer.reference_model.lm_head.weight, reference.lm_head.weight)
+    assert not hasattr(trainer.reference_model, "peft_config")
+    assert trainer.state.log_history[0]["blade/excess_loss_mean"] != 0
+
+
+def test_coreset_searched_with_another_model(tiny, data, common) -> None:
+    argv = ["--model", tiny["base"], *places(data), *common, "--search_model", tiny["wide"]]
+    search = "--size 7 --outer_steps 2 --inner_steps 2 --num_masks 2 --num_final_masks 1".split()
+    trainer = run("coreset", [*argv, *search])
+    assert (trainer.search_model.config.hidden_size, trainer.model.config.hidden_size) == (128, 16)
+    assert len(trainer.selected_subset().ids) == 7
 
 
 def test_coreset_of_labelled_texts(tiny, data, common) -> None:

@@ -738,12 +738,6 @@ def test_resuming_without_or_with_a_damaged_state(tmp_path: Path, caplog: pytest
         saved_run(tmp_path).train(resume_from_checkpoint=True)
 
 
-def test_save_only_model_writes_no_state(tmp_path: Path) -> None:
-    saved_run(tmp_path, save_only_model=True).train()
-    assert (tmp_path / "checkpoint-2" / "model.safetensors").exists()
-    assert not (tmp_path / "checkpoint-2" / "bilevel_state.pt").exists()
-
-
 def test_static_reference_must_be_the_same_on_resume(tmp_path: Path) -> None:
     def make(reference: torch.nn.Module) -> BladeTrainer:
         return make_trainer(

@@ -1,11 +1,14 @@
-"""Started by test_distributed.py on two gloo processes; any failed assertion fails the run.
+"""Started by test_distributed.py on two or four gloo processes; any failed assertion fails the run.
 
-torchrun --standalone --nproc_per_node 2 tests/two_processes.py FOLDER
+torchrun --standalone --nproc_per_node 2 tests/several_processes.py FOLDER [CASE ...]
 """
 
+import math
 import os
 import sys
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 import torch.distributed as dist
 from tiny import make_dataset, make_model, make_trainer, parameters_of, wide_norms
-from transformers import Trainer, set_seed
+from transformers import Trainer, TrainerCallback, set_seed
 
 from hf_bilevel import (
     BladeConfig,
@@ -27,13 +30,25 @@ from hf_bilevel import (
     MixtureTrainer,
 )
 
-ON = {"selection_ratio": 0.5, "sync_steps": 3, "reference_steps": 2, "penalty": 0.5, "domain_column": "source"}
+NUM_PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
+UNEVEN = 50  # rows of a pool that no batch divides, in no number of processes; less than the run trains on
+
+# Every run also compares weights and state over the processes after each step.
+ON = {
+    "check_processes": True,
+    "selection_ratio": 0.5,
+    "sync_steps": 3,
+    "reference_steps": 2,
+    "penalty": 0.5,
+    "domain_column": "source",
+}
 
 
-BROS_ON = {"rank": 0.5, "refresh_steps": 2, "domain_column": "source"}
+BROS_ON = {"check_processes": True, "rank": 0.5, "refresh_steps": 2, "domain_column": "source"}
 BROS_OFF = {"upper_variable": "fixed", "rank": "full"}
-MIXTURE_ON = {"inner_steps": 3, "reference_steps": 2, "domain_column": "source"}
+MIXTURE_ON = {"check_processes": True, "inner_steps": 3, "reference_steps": 2, "domain_column": "source"}
 CORESET_ON = {
+    "check_processes": True,
     "size": 12,
     "outer_steps": 4,
     "inner_steps": 2,
@@ -50,16 +65,22 @@ TRAINERS = {
 }
 # Runs that see the same global batches as one process: the weights must not be scaled within a rank, and what differs by
 # rounding must not be amplified by finite differences or AdamW. Model, settings, arguments of the trainer.
-GLOBAL_RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+GLOBAL_RUNS: dict[str, tuple[str, BrosConfig | MixtureConfig, dict[str, Any]]] = {
     "table": (
         "vit",
-        {"rank": 0.5, "refresh_steps": 2, "hessian_action": "double_backward", "normalise_weights": False},
+        BrosConfig(rank=0.5, refresh_steps=2, hessian_action="double_backward", normalise_weights=False),
         {},
     ),
     "tokens": (
         "llama",
-        {"rank": 0.5, "refresh_steps": 2, "upper_variable": "fixed", "normalise_weights": False},
+        BrosConfig(rank=0.5, refresh_steps=2, upper_variable="fixed", normalise_weights=False),
         {"sample_weights": torch.arange(64) / 32},
+    ),
+    # Drawn domains have their shares in the batch of each process, so only multiplied losses are the same.
+    "domains": (
+        "vit",
+        MixtureConfig(realisation="weight", inner_steps=3, reference_steps=2, domain_column="source"),
+        {},
     ),
 }
 GLOBAL_LEARNING_RATE = 0.1
@@ -103,16 +124,21 @@ def run(
         trainer_kwargs={**extra, **(trainer_kwargs or {})},
         **kwargs,
     )
-    assert trainer.args.world_size == 2, f"this test must run on two processes, got {trainer.args.world_size}"
+    assert trainer.args.world_size == NUM_PROCESSES > 1, f"{trainer.args.world_size} of {NUM_PROCESSES} processes"
     set_seed(11)
     trainer.train(resume_from_checkpoint=str(resume) if isinstance(resume, Path) else resume)
     return trainer
 
 
-def same_on_both(tensor: torch.Tensor) -> bool:
-    copies = [torch.empty_like(tensor) for _ in range(2)]
+def same_on_all(tensor: torch.Tensor) -> bool:
+    copies = [torch.empty_like(tensor) for _ in range(NUM_PROCESSES)]
     dist.all_gather(copies, tensor.contiguous())
-    return torch.equal(*copies)
+    return all(torch.equal(copy, copies[0]) for copy in copies)
+
+
+def passed(case: str) -> None:
+    if dist.get_rank() == 0:
+        print(f"{case}: passed", flush=True)  # noqa: T201
 
 
 def check(folder: Path, case: str, name: str, **kwargs: Any) -> None:
@@ -124,17 +150,18 @@ def check(folder: Path, case: str, name: str, **kwargs: Any) -> None:
     whole = run(folder / "on", name, BladeConfig(**ON), **make(), **kwargs)
     parameters = parameters_of(whole)
     assert not torch.equal(parameters, plain), f"{case}: on changes nothing"
-    assert same_on_both(parameters), f"{case}: the ranks' models differ"
+    assert same_on_all(parameters), f"{case}: the ranks' models differ"
 
     dist.barrier()
     state = torch.load(folder / "on" / "checkpoint-6" / "bilevel_state.pt", weights_only=True)["shared"]
     for key, value in state["reference"]["weights"].items():
-        assert same_on_both(value), f"{case}: the ranks' references differ in {key}"
+        assert same_on_all(value), f"{case}: the ranks' references differ in {key}"
     tables = whole.sample_tally.state_dict()
-    assert same_on_both(tables["offered"])
-    if name == "vit":  # 6 steps x 2 ranks x 2 micro-batches x 4 candidates, half of them selected
-        assert tables["offered"].sum() == 96 and tables["selected"].sum() == 48
-        assert state["domains"]["offered"].sum() == 96
+    assert same_on_all(tables["offered"])
+    if name == "vit":  # 6 steps x 2 micro-batches x 4 candidates on each process, half of them selected
+        offered = 48 * NUM_PROCESSES
+        assert tables["offered"].sum() == offered and tables["selected"].sum() == offered / 2
+        assert state["domains"]["offered"].sum() == offered
 
     resume = folder / "on" / "checkpoint-4"
     resumed = run(folder / "resumed", name, BladeConfig(**ON), resume=resume, **make(), **kwargs)
@@ -143,8 +170,7 @@ def check(folder: Path, case: str, name: str, **kwargs: Any) -> None:
         assert torch.equal(value, tables[key]), f"{case}: the resumed {key} differs"
     fractions = [entry for entry in resumed.state.log_history if "blade/selected_fraction/web" in entry]
     assert fractions
-    if dist.get_rank() == 0:
-        print(f"{case}: passed")  # noqa: T201
+    passed(case)
 
 
 def check_a_torn_checkpoint(folder: Path, case: str) -> None:
@@ -162,14 +188,16 @@ def check_a_torn_checkpoint(folder: Path, case: str) -> None:
         raise AssertionError(f"{case}: resumed from a torn checkpoint")
     resumed = run(folder, "vit", BladeConfig(**ON), resume=True)
     assert torch.equal(parameters_of(resumed), parameters), f"{case}: not resumed from the checkpoint before"
-    if dist.get_rank() == 0:
-        print(f"{case}: passed")  # noqa: T201
+    passed(case)
 
 
-def variables(trainer: BrosTrainer) -> dict[str, torch.Tensor]:
+def variables(trainer: BrosTrainer | MixtureTrainer) -> dict[str, torch.Tensor]:
     """The lower, the upper and the auxiliary variable, and the average of the hypergradient."""
+    parameters = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    if isinstance(trainer, MixtureTrainer):
+        return {"parameters": parameters, "weights": torch.tensor(list(trainer.domain_weights.values()))}
     found = {
-        "parameters": torch.cat([p.detach().flatten() for p in trainer.model.parameters()]),
+        "parameters": parameters,
         "weights": trainer.sample_weights.weights,
         "ids": trainer.sample_weights.ids,
     }
@@ -190,7 +218,7 @@ def check_bros(folder: Path, case: str, name: str, **settings: Any) -> None:
     whole = variables(run(folder / "on", name, config))
     for key, value in whole.items():
         assert value.isfinite().all() and value.any(), f"{case}: the {key} must be something"
-        assert same_on_both(value), f"{case}: the ranks' {key} differ"
+        assert same_on_all(value), f"{case}: the ranks' {key} differ"
     if config.upper_variable == "network":
         assert len(whole["ids"]) == 64, f"{case}: a rank's samples are missing"  # 6 steps of 16, epochs of 64
     dist.barrier()
@@ -199,8 +227,7 @@ def check_bros(folder: Path, case: str, name: str, **settings: Any) -> None:
     resumed = variables(run(folder / "resumed", name, config, resume=resume))
     for key, value in resumed.items():
         assert torch.equal(value, whole[key]), f"{case}: the resumed {key} differ"
-    if dist.get_rank() == 0:
-        print(f"{case}: passed")  # noqa: T201
+    passed(case)
 
 
 def check_mixture(folder: Path, case: str, name: str, **settings: Any) -> None:
@@ -217,21 +244,21 @@ def check_mixture(folder: Path, case: str, name: str, **settings: Any) -> None:
 
     whole = found(run(folder / "on", name, config))
     for key, value in whole.items():
-        assert value.isfinite().all() and same_on_both(value), f"{case}: the ranks' {key} differ"
+        assert value.isfinite().all() and same_on_all(value), f"{case}: the ranks' {key} differ"
     assert (whole["weights"] - 1 / 3).abs().max() > 1e-3, f"{case}: the weights did not move"
     dist.barrier()
     state = torch.load(folder / "on" / "checkpoint-2" / "bilevel_state.pt", weights_only=True)
     if config.hypergradient == "penalty":  # in the middle of what the twin repeats
         for key, value in state["shared"]["reference"]["weights"].items():
-            assert same_on_both(value), f"{case}: the ranks' twins differ in {key}"
+            assert same_on_all(value), f"{case}: the ranks' twins differ in {key}"
         batches = [rank["twin_steps"][0]["batches"][0]["labels"] for rank in state["ranks"]]
-        assert len(batches) == 2 and not torch.equal(*batches), f"{case}: both ranks repeat the same rows"
+        assert len(batches) == NUM_PROCESSES, f"{case}: a rank's batches are missing"
+        assert not torch.equal(*batches[:2]), f"{case}: two ranks repeat the same rows"
     for checkpoint in (2, 4):
         resumed = found(run(folder / "resumed", name, config, resume=folder / "on" / f"checkpoint-{checkpoint}"))
         for key, value in resumed.items():
             assert torch.equal(value, whole[key]), f"{case}: the {key} resumed from {checkpoint} differ"
-    if dist.get_rank() == 0:
-        print(f"{case}: passed")  # noqa: T201
+    passed(case)
 
 
 def check_coreset(folder: Path, case: str) -> None:
@@ -243,7 +270,7 @@ def check_coreset(folder: Path, case: str) -> None:
     subset = trainer.selected_subset()
     found = {"ids": subset.ids, "probabilities": subset.probabilities, "parameters": parameters_of(trainer)}
     for key, value in found.items():
-        assert same_on_both(value), f"{case}: the ranks' {key} differ"
+        assert same_on_all(value), f"{case}: the ranks' {key} differ"
     resumed = run(
         folder / "resumed",
         "vit",
@@ -261,38 +288,87 @@ def check_coreset(folder: Path, case: str) -> None:
 def save_global_runs(folder: Path) -> None:
     """For test_distributed.py, which compares them with one process and the doubled batch."""
     results = {}
-    for case, (name, settings, kwargs) in GLOBAL_RUNS.items():
+    for case, (name, config, kwargs) in GLOBAL_RUNS.items():
         model = wide_norms(make_model(name)).double()
-        config, arguments = BrosConfig(**settings), {"optim": "sgd", "learning_rate": GLOBAL_LEARNING_RATE}
+        arguments = {"optim": "sgd", "learning_rate": GLOBAL_LEARNING_RATE}
         results[case] = variables(run(folder / case, name, config, trainer_kwargs=kwargs, model=model, **arguments))
     if dist.get_rank() == 0:
         torch.save(results, folder / "global.pt")
 
 
+def check_uneven(folder: Path, case: str) -> None:
+    """The last batch of an epoch is filled up from its beginning, as the plain Trainer does: no process waits for another."""
+    for config in (
+        BladeConfig(**ON),
+        BrosConfig(**BROS_ON),
+        MixtureConfig(**MIXTURE_ON),
+        CoresetConfig(**{**CORESET_ON, "size": 13}),
+    ):
+        trainer = run(folder / type(config).__name__, "vit", config, num_pool=UNEVEN)
+        assert trainer.state.global_step == 6 and same_on_all(parameters_of(trainer)), (
+            f"{case}: {type(config).__name__}"
+        )
+    passed(case)
+
+
+def check_disagreement(folder: Path, case: str) -> None:
+    """What one process alone changes is noticed after that step, on all processes, and named."""
+
+    class Disturbance(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+            if args.process_index == NUM_PROCESSES - 1 and state.global_step == 2:
+                next(p for n, p in model.named_parameters() if n.endswith("classifier.bias")).grad.mul_(1 + 1e-6)
+
+    try:
+        run(folder, "vit", BladeConfig(**ON), trainer_kwargs={"callbacks": [Disturbance()]})
+    except RuntimeError as error:
+        assert "do not agree after step 3: model.classifier.bias differ" in str(error), str(error)
+    else:
+        raise AssertionError(f"{case}: a difference was not noticed")
+    passed(case)
+
+
+def fail_on_one(folder: Path, case: str) -> None:
+    """The candidates of one process alone have no finite loss, so it cannot go on, and the others must not wait for it."""
+    rows = make_dataset("vit", 64)
+    if int(os.environ["RANK"]) == NUM_PROCESSES - 1:
+        rows = rows.map(lambda row: {"pixel_values": [[[math.nan] * 8] * 8]})
+    run(
+        folder, "vit", BladeConfig(**{**ON, "penalty": 0.0}), train_dataset=rows
+    )  # the reference sees the target alone
+    raise AssertionError(f"{case}: there was nothing to train on")
+
+
+CASES: dict[str, Callable[[Path, str], None]] = {
+    "vit": partial(check, name="vit"),
+    "torn": check_a_torn_checkpoint,
+    "llama": partial(check, name="llama"),
+    "bert": partial(check, name="bert"),
+    "lora": partial(check, name="llama"),
+    "bros vit": partial(check_bros, name="vit", estimator="bi_probe"),
+    "bros llama": partial(check_bros, name="llama", auxiliary_dtype="bfloat16"),
+    "bros network": partial(check_bros, name="vit", upper_variable="network"),
+    "mixture vit": partial(check_mixture, name="vit"),
+    "mixture llama": partial(check_mixture, name="llama", realisation="weight"),
+    "mixture alignment": partial(
+        check_mixture, name="llama", hypergradient="alignment", inner_steps=2, reference_steps="auto"
+    ),
+    "coreset": check_coreset,
+    "uneven": check_uneven,
+    "disagreement": check_disagreement,
+}
+
+
 def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
-    check(folder / "vit", "vit", "vit")
-    check_a_torn_checkpoint(folder / "torn", "torn")
-    check(folder / "llama", "llama", "llama")
-    check(folder / "bert", "bert", "bert")
-    check(folder / "lora", "lora", "llama")
-    check_bros(folder / "bros vit", "bros vit", "vit", estimator="bi_probe")
-    check_bros(folder / "bros llama", "bros llama", "llama", auxiliary_dtype="bfloat16")
-    check_bros(folder / "bros network", "bros network", "vit", upper_variable="network")
-    check_mixture(folder / "mixture vit", "mixture vit", "vit")
-    check_mixture(folder / "mixture llama", "mixture llama", "llama", realisation="weight")
-    check_mixture(
-        folder / "mixture alignment",
-        "mixture alignment",
-        "llama",
-        hypergradient="alignment",
-        inner_steps=2,
-        reference_steps="auto",
-    )
-    check_coreset(folder / "coreset", "coreset")
-    save_global_runs(folder)
+    folder, wanted = Path(sys.argv[1]), sys.argv[2:]
+    if wanted == ["one fails"]:
+        fail_on_one(folder, *wanted)
+    for case in wanted or CASES:
+        CASES[case](folder / case, case)
+    if not wanted:
+        save_global_runs(folder)
     dist.barrier()
     dist.destroy_process_group()
 
