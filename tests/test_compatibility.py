@@ -114,6 +114,7 @@ ADAPTERS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # of older versions of peft
 @pytest.mark.parametrize("kind", ADAPTERS)
 @pytest.mark.parametrize("method", ["bros", "coreset"])
 def test_other_adapters(method: str, kind: str, tmp_path: Path) -> None:

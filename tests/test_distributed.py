@@ -122,7 +122,8 @@ def assert_one_process_is_the_same(case: str, expected: dict[str, torch.Tensor],
     got = variables(trainer)
     assert got.keys() == expected.keys() and (got["parameters"] - start).abs().max() > 1e-3
     for key, value in got.items():
-        tolerance = 1e-6 * float(expected[key].abs().max())
+        # Sums of a domain's losses are float32, too.
+        tolerance = (1e-5 if case == "domains" else 1e-6) * float(expected[key].abs().max())
         torch.testing.assert_close(
             value, expected[key], rtol=0, atol=tolerance, msg=lambda text, k=key: f"{case}, {k}: {text}"
         )
