@@ -472,9 +472,9 @@ class DoubleBackward:
 
 
 def _gradients(loss: Tensor, variables: list[Tensor], retain_graph: bool = False) -> list[Tensor]:
-    return list(
-        torch.autograd.grad(loss, variables, retain_graph=retain_graph, allow_unused=True, materialize_grads=True)
-    )
+    gradients = torch.autograd.grad(loss, variables, retain_graph=retain_graph, allow_unused=True)
+    # Not `materialize_grads`, whose zeros ask for gradients in older versions of torch.
+    return [torch.zeros_like(v) if g is None else g for g, v in zip(gradients, variables, strict=True)]
 
 
 @contextmanager

@@ -119,7 +119,7 @@ def cells(options: argparse.Namespace) -> list[dict]:
 
 def traffic(options: argparse.Namespace) -> list[dict]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "traffic.py"]
-    found = [json.loads(line) for line in call(command).splitlines() if line.startswith("{")]
+    found = [json.loads(line) for line in call(command).splitlines() if line.startswith('{"method"')]
     return [{"part": "traffic", **row} for row in found]
 
 

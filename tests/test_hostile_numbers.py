@@ -38,7 +38,10 @@ def train(method: str, folder: Path, pool: Dataset, target: Dataset, **kwargs: A
 def test_one_target_sample_is_enough(method: str, tmp_path: Path) -> None:
     found = train(method, tmp_path / "one", rows(64), rows(1, seed=7))
     assert found.isfinite().all()
-    if method != "coreset":  # so short a search may find the same coreset
+    if method in (
+        "blade",
+        "bros",
+    ):  # so short a search may find the same coreset, and slightly other shares the same rows
         assert not torch.equal(found, train(method, tmp_path / "other", rows(64), rows(1, seed=8)))
 
 
