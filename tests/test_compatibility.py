@@ -268,3 +268,27 @@ def test_a_loss_function_of_ones_own_with_drawn_domains(tmp_path: Path) -> None:
     trainer.train()
     assert parameters_of(trainer).isfinite().all()
     assert max(abs(weight - 1 / 3) for weight in trainer.domain_weights.values()) > 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["blade", "coreset"])
+def test_steps_that_overflow_in_fp16_are_skipped(method: str, tmp_path: Path) -> None:
+    """The scaler starts so high that the first gradients overflow; the weights stay finite, and training goes on below it."""
+    settings = {"reference": "static", "sync_steps": "auto", "reference_steps": "auto", "penalty": "auto"}
+    trainer = build(
+        method,
+        "vit",
+        tmp_path,
+        fp16=True,
+        use_cpu=False,
+        max_steps=24,
+        settings=settings if method == "blade" else {},
+        trainer_kwargs={"reference_model": make_model("vit", dropout=0.1), "target_dataset": None}
+        if method == "blade"
+        else {},
+    )
+    trainer.accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)
+    before = parameters_of(trainer)
+    trainer.train()
+    assert trainer.accelerator.scaler.get_scale() < 2.0**40, "no step overflowed"
+    assert parameters_of(trainer).isfinite().all() and not torch.equal(parameters_of(trainer).cpu(), before.cpu())
