@@ -72,6 +72,7 @@ def test_data_parallel_is_refused(method: str, tmp_path: Path, monkeypatch: pyte
         build(method, "vit", tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 @pytest.mark.parametrize("name", ["vit", "llama"])
 @pytest.mark.parametrize("method", ["blade", "mixture", "coreset"])

@@ -122,6 +122,7 @@ class Spike(TrainerCallback):
                     parameter.copy_(self.kept[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_spike_of_the_loss_passes(method: str, tmp_path: Path) -> None:
     """What the method has learned afterwards is finite, and the run goes on as one that was not hit."""
