@@ -333,9 +333,8 @@ def fail_on_one(folder: Path, case: str) -> None:
     rows = make_dataset("vit", 64)
     if int(os.environ["RANK"]) == NUM_PROCESSES - 1:
         rows = rows.map(lambda row: {"pixel_values": [[[math.nan] * 8] * 8]})
-    run(
-        folder, "vit", BladeConfig(**{**ON, "penalty": 0.0}), train_dataset=rows
-    )  # the reference sees the target alone
+    config = BladeConfig(**{**ON, "penalty": 0.0})  # the reference sees the target dataset alone
+    run(folder, "vit", config, train_dataset=rows)
     raise AssertionError(f"{case}: there was nothing to train on")
 
 

@@ -62,7 +62,7 @@ def check_agreement(state: Any, when: str) -> None:
     Traffic: 64 characters and a name for every leaf of every process.
     """
     (first, *others) = gather_object([digests(state)])
-    paths = [path for path in {**first, **{p: None for other in others for p in other}}]
+    paths = list(dict.fromkeys([*first, *(path for other in others for path in other)]))
     differ = [path for path in paths if any(other.get(path) != first.get(path) for other in others)]
     if differ:
         named = ", ".join(differ[:NUM_SHOWN]) + (

@@ -19,8 +19,6 @@ from transformers import (
     BertForQuestionAnswering,
     BertForTokenClassification,
     HfArgumentParser,
-    Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
@@ -1107,10 +1105,6 @@ def test_config_from_command_line_and_yaml(tmp_path: Path) -> None:
 # Other trainers -------------------------------------------------------------------------------------------------------
 
 
-class BladeSeq2SeqTrainer(BladeMixin, Seq2SeqTrainer):
-    pass
-
-
 class OwnTrainer(Trainer):
     """A user's trainer that adds to the loss of one forward."""
 
@@ -1136,30 +1130,6 @@ class BladeOwnTrainer(BladeMixin, OwnTrainer):
 
 class BladeTwiceTrainer(BladeMixin, TwiceTrainer):
     pass
-
-
-def test_seq2seq_trainer_with_generation(tmp_path: Path) -> None:
-    size = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
-    args = Seq2SeqTrainingArguments(
-        str(tmp_path),
-        predict_with_generate=True,
-        generation_max_length=4,
-        max_steps=2,
-        save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
-    )
-    data = make_dataset("bert_mlm", 16)
-    trainer = BladeSeq2SeqTrainer(
-        model=T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, decoder_start_token_id=0, **size)),
-        args=args,
-        train_dataset=data,
-        target_dataset=make_dataset("bert_mlm", 10, seed=7),
-        bilevel_config=BladeConfig(selection_ratio=0.5, reference_steps=1),
-    )
-    assert trainer.granularity == "token"
-    trainer.train()
-    assert trainer.predict(data).predictions.ndim == 2  # generated tokens, not logits
 
 
 def test_own_compute_loss(tmp_path: Path) -> None:
