@@ -25,7 +25,8 @@ def test_padding_free_batches_are_refused(method: str, settings: dict[str, Any],
 def test_a_target_dataset_that_was_not_tokenised_is_said(method: str, tmp_path: Path) -> None:
     texts = Dataset.from_dict({"text": ["one", "two"]})
     with pytest.raises(
-        ValueError, match=r"does not find 'input_ids' in `target_dataset`. It has \['text'\].*tokenise"
+        ValueError,
+        match=r"does not find 'input_ids' in `target_dataset`. It has \['text'\].*Prepare it as `train_dataset` is prepared",
     ):
         build(method, "llama", tmp_path, trainer_kwargs={"target_dataset": texts, "data_collator": needs_tokens})
 

@@ -85,7 +85,7 @@ def run(name: str, argv: list[str] | None = None) -> Trainer | None:
     classes = (ModelArguments, DataArguments, command.arguments, TrainingArguments, command.config)
     model, data, job, args, config = parse(*classes, argv=argv, prog=prog)
     with _refusals_without_traceback(prog):
-        args, config = _check_settings(model, data, job, args, config)
+        args = _check_settings(model, data, job, args, config)
         set_seed(args.seed)
         model_config, processor = load_config_and_processor(model)
         with args.main_process_first(desc="loading and encoding the datasets"):
@@ -122,7 +122,7 @@ def _refusals_without_traceback(prog: str) -> Iterator[None]:
 
 def _check_settings(
     model: ModelArguments, data: DataArguments, job: RunArguments, args: TrainingArguments, config: BilevelConfig
-) -> tuple[TrainingArguments, BilevelConfig]:
+) -> TrainingArguments:
     """Refuse what cannot work before anything is loaded, and set what follows from the rest."""
     num_started = int(os.environ.get("WORLD_SIZE", 1))
     if num_started > args.world_size:
@@ -149,18 +149,8 @@ def _check_settings(
 
         if model.task != "causal_lm":
             raise ValueError(f"`trl` trains causal language models, and the task is `{model.task}`. Drop `trl`.")
-        if data.pack:
-            raise ValueError(
-                "`pack` cannot be combined with `trl`: BLADE selects samples there, and a packed or padding-free row is of several. "
-                "Drop `pack`, or drop `trl` and select tokens."
-            )
-        if config.granularity == "token":
-            raise ValueError(
-                "`granularity: token` cannot be combined with `trl`, whose trainer computes its loss from the labels itself. Use "
-                "`granularity: sample`, or drop `trl`."
-            )
-        args, config = sft_arguments(args), dataclasses.replace(config, granularity="sample")
-    return args, config
+        args = sft_arguments(args)
+    return args
 
 
 def _explain(data: DataArguments, prepared: PreparedData) -> None:

@@ -9,7 +9,7 @@ from hf_bilevel.trainers.blade import BladeMixin
 
 
 class BladeSFTTrainer(BladeMixin, SFTTrainer):
-    """BLADE for ``SFTTrainer``, at sample level.
+    """BLADE for ``SFTTrainer``.
 
     Args:
         *args: As for ``SFTTrainer``.

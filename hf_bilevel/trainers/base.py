@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from hf_bilevel.cards import MethodSection, Results, check_results, model_section
 from hf_bilevel.core.selection import num_selected
@@ -84,11 +84,50 @@ class BilevelMixin(CheckpointMixin):
         self.bilevel_config = self.config_class() if bilevel_config is None else bilevel_config
         self.target_dataset = target_dataset
         self.compute_sample_losses = compute_sample_losses
-        super().__init__(model=model, args=args, **kwargs)
+        if self._is_sft and isinstance(target_dataset, datasets.Dataset) and not self._is_off():
+            self._init_sft(model, args, **kwargs)
+        else:
+            super().__init__(model=model, args=args, **kwargs)
+        self._pools = kwargs.get("train_dataset"), self.train_dataset  # as given, as prepared
         self._candidate_batch_size = self.args.per_device_train_batch_size
         if self.bilevel_config.check_processes:
             self.add_callback(AgreementCallback(self._state_of_all_processes))
         self._prepare_pool()
+
+    # TRL ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def _is_sft(self) -> bool:
+        return any(parent.__module__.startswith("trl.") for parent in type(self).__mro__)
+
+    def _init_sft(self, model: Any, args: Any, eval_dataset: Any = None, **kwargs: Any) -> None:
+        """Let ``SFTTrainer`` prepare the target dataset as it prepares those to evaluate on: by adding it to them."""
+        if eval_dataset is None and getattr(args, "eval_strategy", "no") != "no":
+            return super().__init__(model=model, args=args, **kwargs)  # raises for want of something to evaluate on
+        several = isinstance(eval_dataset, dict)
+        prepared = eval_dataset if several else {"eval": eval_dataset} if eval_dataset is not None else {}
+        super().__init__(
+            model=model, args=args, eval_dataset={**prepared, "target_dataset": self.target_dataset}, **kwargs
+        )
+        self.target_dataset = self.eval_dataset.pop("target_dataset")
+        if not several:
+            self.eval_dataset = self.eval_dataset.get("eval")
+
+    def _pool_as_given(self) -> Any:
+        """The pool whose rows the ids count: TRL may have tokenised it, row by row."""
+        given, prepared = self._pools
+        row_by_row = self._is_sft and not self._is_stream and not getattr(self.args, "packing", False)
+        same = row_by_row and self.train_dataset is prepared and len(given) == len(prepared)
+        return given if same else self.train_dataset
+
+    def _loss_of_its_own(self) -> str | None:
+        """Name what would compute another loss than the model's head does, if anything would."""
+        if self.compute_loss_func is not None:
+            return "`compute_loss_func`"
+        methods = [parent for parent in type(self).__mro__ if "compute_loss" in vars(parent)]
+        owner = next(parent for parent in methods if not parent.__module__.startswith("hf_bilevel."))
+        of_trl = owner.__module__.startswith("trl.") and getattr(self.args, "loss_type", None) == "nll"
+        return None if owner is Trainer or of_trl else f"`{owner.__name__}.compute_loss`"
 
     # What a method defines ------------------------------------------------------------------------------------------
 
@@ -274,8 +313,8 @@ class BilevelMixin(CheckpointMixin):
         except KeyError as error:
             has = f" It has {sorted(target[0])}." if isinstance(target[0], Mapping) else ""
             raise ValueError(
-                f"The data collator does not find {error} in `target_dataset`.{has} Some trainers, such as TRL's SFTTrainer, "
-                "tokenise `train_dataset` themselves, and that alone: tokenise `target_dataset` in the same way first."
+                f"The data collator does not find {error} in `target_dataset`.{has} Prepare it as `train_dataset` is prepared; TRL's "
+                "SFTTrainer does so by itself, for a `datasets.Dataset`."
             ) from error
         if pool_columns != target_columns:
             raise ValueError(
@@ -457,7 +496,7 @@ class BilevelMixin(CheckpointMixin):
 
     def _data_facts(self) -> dict[str, Any]:
         """Say where the pool and the target dataset come from, as far as they know."""
-        data = {"pool": self.train_dataset, "target": self.target_dataset}
+        data = {"pool": self._pool_as_given(), "target": self.target_dataset}
         return {
             name: {**dataset_facts(dataset), "fingerprint": getattr(dataset, "_fingerprint", None)}
             for name, dataset in data.items()
@@ -526,7 +565,7 @@ class BilevelMixin(CheckpointMixin):
         Returns:
             The subset, with domains where they are known.
         """
-        pool, num_pool = self.train_dataset, len(self.train_dataset)
+        pool, num_pool = self._pool_as_given(), len(self.train_dataset)
         facts = {
             **self.bilevel_facts(),
             "model": self._model_name(),

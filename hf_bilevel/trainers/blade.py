@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -33,6 +34,7 @@ from hf_bilevel.losses import (
     labelled_tokens,
     token_losses_from_logits,
     unsupported_head,
+    unwrap,
 )
 from hf_bilevel.plots import distribution_over_steps, lines_over_steps
 from hf_bilevel.subset import SelectedSubset
@@ -294,10 +296,10 @@ class BladeMixin(ReferenceMixin):
             warnings.warn(f"Ignored with {why}: {', '.join(f'`{name}`' for name in ignored)}.", stacklevel=5)
 
     def _check_token_setup(self) -> None:
-        if any(parent.__module__.startswith("trl.") for parent in type(self).__mro__):
+        if self._is_sft and not self.model_accepts_loss_kwargs:
             raise ValueError(
-                "TRL's trainers compute their loss from the labels themselves, which token selection does not support yet. "
-                "Use `granularity='sample'` with a padding collator, or `BladeTrainer` on tokenised data."
+                f"`{type(unwrap(self.model)).__name__}` is not told how many tokens a step has, and TRL then divides by all instead "
+                "of by those selected. Use `granularity='sample'`, or `BladeTrainer`."
             )
         if self.label_smoother is not None or self.compute_loss_func is not None:
             given = "label_smoothing_factor" if self.label_smoother is not None else "compute_loss_func"
@@ -486,8 +488,8 @@ class BladeMixin(ReferenceMixin):
             )
         return result
 
-    def _select_tokens(self, units: UnitLosses, origin: Origin, plan: Tensor | None, num_items: Any) -> Tensor:
-        """Reduce the token losses of the training forward to the loss over the selected tokens."""
+    def _select_tokens(self, units: UnitLosses, origin: Origin, plan: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Choose by the token losses of the training forward: which tokens to keep, and how many were planned."""
         config = self.bilevel_config
         proxy_losses = units.losses.detach()
         if config.score == "excess_loss":
@@ -502,8 +504,7 @@ class BladeMixin(ReferenceMixin):
             raise FloatingPointError(self._non_finite_message())
         score_rows = torch.where(units.valid & scores.isfinite(), scores, 0.0).sum(1)
         self._record(origin, units.counts.sum(1), keep.sum(1), score_rows, scores, units.valid, keep)
-        total = torch.where(keep, units.losses, 0.0).sum()
-        return total / (planned.clamp(min=1) if num_items is None else num_items)
+        return keep, planned
 
     # The reference phase --------------------------------------------------------------------------------------------
 
@@ -811,6 +812,8 @@ class _SelectingModel:
 
     def __call__(self, **inputs: Any) -> Any:
         self.num_calls += 1
+        if inputs.get("fused_lm_head"):
+            return self._log_probs_of_selected(inputs)
         num_items = inputs.pop("num_items_in_batch", None)
         head = self._trainer._head
         outputs = self._model(**forward_inputs(self._model, head, inputs))
@@ -820,7 +823,20 @@ class _SelectingModel:
                 "`model.config.return_dict = True`."
             )
         units = token_losses_from_logits(head, outputs["logits"], inputs)
-        outputs["loss"] = self._trainer._select_tokens(units, self._origin, self._plan, num_items)
+        keep, planned = self._trainer._select_tokens(units, self._origin, self._plan)
+        total = torch.where(keep, units.losses, 0.0).sum()
+        outputs["loss"] = total / (planned.clamp(min=1) if num_items is None else num_items)
+        return outputs
+
+    def _log_probs_of_selected(self, inputs: dict[str, Any]) -> Any:
+        """Answer TRL, which sums log-probabilities itself: 0 for tokens that are not selected, its metrics left alone."""
+        outputs = self._model(**inputs)
+        width = outputs.log_probs.shape[1]
+        units = UnitLosses(-outputs.log_probs, outputs.label_mask.long())
+        if "shift_labels" not in inputs:  # the last position, which predicts nothing, is missing
+            units = UnitLosses(F.pad(units.losses, (0, 1)), F.pad(units.counts, (0, 1)))
+        keep, _ = self._trainer._select_tokens(units, self._origin, self._plan)
+        outputs.log_probs = torch.where(keep[:, :width], outputs.log_probs, 0.0)
         return outputs
 
 

@@ -310,11 +310,9 @@ class BrosMixin(BilevelMixin):
         if self.compute_sample_losses is None:
             if find_head(self.model) is None:
                 raise ValueError(unsupported_head(self.model, "sample"))
-            owner = next(parent for parent in type(self).__mro__ if "compute_loss" in vars(parent))
-            if owner is not Trainer or self.compute_loss_func is not None:
-                given = "`compute_loss_func`" if owner is Trainer else f"`{owner.__name__}.compute_loss`"
+            if other := self._loss_of_its_own():
                 raise ValueError(
-                    f"{name} weights the losses of single samples, so {given} would not be called. Pass "
+                    f"{name} weights the losses of single samples, so {other} would not be called. Pass "
                     "`compute_sample_losses=`, (model, batch) -> losses of shape (n,), that computes the same loss."
                 )
         if self.args.fp16:

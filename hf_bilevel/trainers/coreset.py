@@ -630,7 +630,7 @@ class CoresetMixin(BilevelMixin):
 
     def _subset_of_checkpoint(self, checkpoint: str) -> SelectedSubset:
         subset = SelectedSubset(**self._read_state(checkpoint)["shared"]["subset"])
-        pool = (len(self.train_dataset), getattr(self.train_dataset, "_fingerprint", None))
+        pool = (len(self.train_dataset), getattr(self._pool_as_given(), "_fingerprint", None))
         if (subset.num_pool, subset.fingerprint) != pool:
             raise ValueError(
                 f"The coreset of `{checkpoint}` is of a pool of {subset.num_pool} samples with the fingerprint "

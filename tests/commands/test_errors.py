@@ -82,8 +82,6 @@ def message_of(argv: list[str]) -> str:
             ["`pack` joins plain texts; a chat or a labelled row stays as it is."],
         ),
         ("--task sequence_classification --streaming", ["A stream cannot be searched for the names of its labels"]),
-        ("--trl --pack", ["`pack` cannot be combined with `trl`", "a packed or padding-free row is of several."]),
-        ("--trl --granularity token", ["`granularity: token` cannot be combined with `trl`"]),
         ("--trl --task masked_lm", ["`trl` trains causal language models, and the task is `masked_lm`."]),
     ],
 )

@@ -87,11 +87,12 @@ def test_blade_on_chats_with_an_adapter(tiny, data, common) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # TRL's own
-def test_blade_with_trl(tiny, data, common) -> None:
+@pytest.mark.parametrize("granularity", ["token", "sample"])
+def test_blade_with_trl(tiny, data, common, granularity: str) -> None:
     argv = ["--model", tiny["llama"], *places(data, "chats_{}.jsonl"), *common, "--trl", "--selection_ratio", "0.5"]
-    trainer = run("blade", argv)
+    trainer = run("blade", argv if granularity == "token" else [*argv, "--granularity", "sample"])
     assert [cls.__name__ for cls in type(trainer).__mro__][:2] == ["BladeSFTTrainer", "BladeMixin"]
-    assert trainer.granularity == "sample" and trainer.args.max_length is None and not trainer.padding_free
+    assert trainer.granularity == granularity and trainer.args.max_length is None and not trainer.padding_free
     log = trainer.state.log_history[0]
     assert "mean_token_accuracy" in log
     # TRL's patched forward runs the model that it was made for: a reference that is copied with it would be the model itself.
@@ -100,6 +101,15 @@ def test_blade_with_trl(tiny, data, common) -> None:
     assert -100 in row["labels"] and len(row["labels"]) == len(row["input_ids"])
     subset = SelectedSubset.load(Path(trainer.args.output_dir) / "selected_subset")
     assert "messages" in subset.to_dataset(loaded(data["chats_pool.jsonl"])).column_names
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # TRL's own
+def test_blade_with_trl_on_packed_rows(tiny, data, common) -> None:
+    argv = ["--model", tiny["base"], *places(data, "{}.txt"), *common, "--trl", "--pack"]
+    trainer = run("blade", argv)
+    assert trainer.granularity == "token" and trainer.state.global_step >= 2
+    *full, _ = map(len, trainer.train_dataset["input_ids"])
+    assert set(full) == {64}, "rows as packed, none cut or joined by TRL"
 
 
 def test_blade_on_masked_texts(tiny, data, common) -> None:
