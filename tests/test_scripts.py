@@ -84,6 +84,7 @@ def test_model_cards(script, tmp_path: Path, capsys: pytest.CaptureFixture) -> N
         ("memory", "scoring_over_naive bros_over_adamw/vit_s"),
         ("estimators", "relative_rms/one_sided/48 bias/naive/4"),
         ("mixture", "perplexity/blended/stratified weight/blended/penalty_5/manual"),
+        ("time_to_quality", "accuracy/blade whole_run/passes/static best/reached/all"),
         ("coreset_speed", "search_speedup batched_speedup growth/pbcs growth/greedy projection_seconds"),
         pytest.param(
             "domain_shift",
