@@ -300,7 +300,8 @@ class BrosMixin(BilevelMixin):
 
     def _shapes(self) -> list[tuple[int, int]]:
         """Size of the space and of the subspace of every projected block."""
-        return [(self.blocks.matrices()[i].shape[1], self.blocks.leaves[i].shape[1]) for i in self.blocks.projected]
+        matrices = self.blocks.matrices()
+        return [(matrices[i].shape[1], self.blocks.leaves[i].shape[1]) for i in self.blocks.projected]
 
     def _check_bilevel_setup(self) -> None:
         if self._is_off():
