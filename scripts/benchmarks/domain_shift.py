@@ -9,7 +9,8 @@ dropped before it is cut into rows, so that no row of the pool or of the target 
 the manual with a bad scrape of it (the words of a row in random order, or its first quarter again and again), with boilerplate
 (licences) and with other domains. Rows are alike for all arms of a seed.
 
-Arms: `base` is not trained. `all` is the plain Trainer. `random` and `loss` (highest first) select tokens at BLADE's ratio. `static`
+Arms: `base` is not trained. `all` is the plain Trainer, `target` the same on the target dataset alone, which is as large as a run of
+25 steps needs: what selection has to beat where it is. `random` and `loss` (highest first) select tokens at BLADE's ratio. `static`
 compares tokens with a reference trained on the target dataset alone, then frozen (Rho-1). `blade` selects tokens, `blade_sample`
 rows. `bros` learns a weight for every domain of the pool, since a run is too short for samples to be visited often; `mixture` the
 shares of the same domains, starting from the pool's. To both the scrape is a domain like any other.
@@ -65,7 +66,7 @@ from transformers import (
 
 from hf_bilevel import BladeConfig, BladeTrainer, BrosConfig, BrosTrainer, MixtureConfig, MixtureTrainer
 
-ARMS = ("base", "all", "random", "loss", "static", "blade", "blade_sample", "bros", "mixture")
+ARMS = ("base", "all", "target", "random", "loss", "static", "blade", "blade_sample", "bros", "mixture")
 TRIALS: dict[str, dict[str, float]] = {
     "blade published": {"num_synchronisations": 5, "reference_share": 0.3, "penalty": 1.0},
     "blade penalty=1": {"penalty": 1.0},
@@ -266,6 +267,8 @@ def run_arm(arm: str, task: Task, keep: Path | None) -> dict:
     start, static = time.perf_counter(), {}
     if arm == "all":
         trainer = Trainer(**common)
+    elif arm == "target":
+        trainer = Trainer(**common | {"train_dataset": task.target})
     elif arm in ("random", "loss"):
         trainer = BladeTrainer(**common, bilevel_config=BladeConfig(selection_ratio=RATIO, score=arm))
     elif arm == "static":
@@ -306,7 +309,7 @@ def run_arm(arm: str, task: Task, keep: Path | None) -> dict:
     elif isinstance(trainer, MixtureTrainer):
         row["off_target_share"] = 1 - trainer.mixture[TARGET]
         row["mixture"] = trainer.mixture
-    else:
+    elif arm == "all":
         row["off_target_share"] = float(off.float().mean())
     return row
 
