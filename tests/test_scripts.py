@@ -81,6 +81,7 @@ def test_model_cards(script, tmp_path: Path, capsys: pytest.CaptureFixture) -> N
             "overhead",
             "step_ratio/llama/blade_token step_ratio/vit/bros bros_over_masoba_step/llama step_ratio/vit/mixture",
         ),
+        ("profile_steps", "products/llama/blade_token operators/vit/bros limit/vit/masoba"),
         ("memory", "scoring_over_naive bros_over_adamw/vit_s"),
         ("estimators", "relative_rms/one_sided/48 bias/naive/4"),
         ("mixture", "perplexity/blended/stratified weight/blended/penalty_5/manual"),
