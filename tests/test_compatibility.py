@@ -281,7 +281,7 @@ def test_a_loss_function_of_ones_own_with_drawn_domains(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["blade", "coreset"])
 def test_steps_that_overflow_in_fp16_are_skipped(method: str, tmp_path: Path) -> None:
     """The scaler starts so high that the first gradients overflow; the weights stay finite, and training goes on below it."""
-    settings = {"reference": "static", "sync_steps": "auto", "reference_steps": "auto", "penalty": "auto"}
+    settings = {"reference": "static", "sync_steps": "auto", "reference_steps": "auto", "penalty": 0.0}
     trainer = build(
         method,
         "vit",

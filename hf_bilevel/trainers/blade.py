@@ -72,8 +72,8 @@ class BladeConfig(BilevelConfig):
     T                             sync_steps          1,000 of 5,000        "auto": at least 20 in a run, at most
                                                                             1,000 apart; short runs need more
     K                             reference_steps     300                   "auto": 0.3 T, the published share
-    :math:`\lambda`               penalty             1                     "auto": 1 for tokens; 0.1 for samples,
-                                                                            whose pools are noisier (measured)
+    :math:`\lambda`               penalty             1                     0: on pools that are noisy or off target 1
+                                                                            did worse, and costs more (measured)
     ============================  ==================  ====================  =========================================
 
     Args:
@@ -90,8 +90,8 @@ class BladeConfig(BilevelConfig):
         reference_steps: K, steps of the reference after each synchronisation, or "auto".
         first_reference_steps: Steps after the first synchronisation, or "auto" for K. A model trained from scratch knows
             nothing when it is first copied, so its first reference may need more.
-        penalty: :math:`\lambda`, weight of the selected training data in the reference's objective, or "auto". Small or 0
-            when the pool is noisy and the target dataset is clean; 1 when the target dataset is too small to train on.
+        penalty: :math:`\lambda`, weight of the selected training data in the reference's objective, not negative. 0 when the
+            pool is noisy or off target; up to 1 when the target dataset is too small to train on alone.
         reference_learning_rate: Learning rate of the reference, constant; None for ``TrainingArguments.learning_rate``.
         reference_dtype: ``"float32"``, ``"bfloat16"`` or ``"auto"`` (the model's): dtype of a copied reference while it
             scores.
@@ -111,8 +111,8 @@ class BladeConfig(BilevelConfig):
         TypeError: If a value has another type than declared.
 
     Example:
-        >>> BladeConfig(selection_ratio=0.3, granularity="sample", penalty=0).penalty
-        0.0
+        >>> BladeConfig(selection_ratio=0.3, granularity="sample", penalty=0.1).penalty
+        0.1
         >>> BladeConfig(selection_ratio=1.5)
         Traceback (most recent call last):
         ValueError: `selection_ratio` must be in (0, 1], got 1.5.
@@ -133,8 +133,8 @@ class BladeConfig(BilevelConfig):
     first_reference_steps: str = field(
         default="auto", metadata={"help": "Steps after the first synchronisation, or auto for K."}
     )
-    penalty: str = field(
-        default="auto", metadata={"help": "Weight of the training data in the reference's objective, or auto."}
+    penalty: float = field(
+        default=0.0, metadata={"help": "Weight of the selected training data in the reference's objective."}
     )
     reference_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the reference model; the trainer's if not set."}
@@ -154,7 +154,6 @@ class BladeConfig(BilevelConfig):
         "sync_steps": (int, "auto"),
         "reference_steps": (int, "auto"),
         "first_reference_steps": (int, "auto"),
-        "penalty": (float, "auto"),
     }
     _choices: ClassVar[dict[str, tuple[str, ...]]] = {
         "granularity": ("auto", "sample", "token"),
@@ -172,7 +171,7 @@ class BladeConfig(BilevelConfig):
         for name in ("sync_steps", "reference_steps", "first_reference_steps"):
             if getattr(self, name) != "auto" and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1 or 'auto', got {getattr(self, name)}.")
-        if self.penalty != "auto" and not 0 <= self.penalty < float("inf"):
+        if not 0 <= self.penalty < math.inf:
             raise ValueError(f"`penalty` must be finite and not negative, got {self.penalty}.")
         if self.reference_learning_rate is not None and not 0 < self.reference_learning_rate < math.inf:
             raise ValueError(
@@ -246,13 +245,6 @@ class BladeMixin(ReferenceMixin):
         if self.bilevel_config.granularity != "auto":
             return self.bilevel_config.granularity
         return "token" if self._head in LM_HEADS and self.compute_sample_losses is None else "sample"
-
-    @property
-    def penalty(self) -> float:
-        """The weight of the training data in the reference's objective, with "auto" resolved."""
-        if self.bilevel_config.penalty != "auto":
-            return self.bilevel_config.penalty
-        return 1.0 if self.granularity == "token" else 0.1
 
     def _selects_rows(self) -> bool:
         return not self._is_off() and self.granularity == "sample"
@@ -359,7 +351,7 @@ class BladeMixin(ReferenceMixin):
     def _select(self, batches: list[Any], origins: list[Origin], num_items: Any) -> tuple[list[Any], Any]:
         step, rank = self.state.global_step, self.args.process_index
         self._pending.clear()
-        if self.penalty > 0:
+        if self.bilevel_config.penalty > 0:
             self._remember(batches)
         if step < self.bilevel_config.start_step:
             return batches, num_items
@@ -537,15 +529,17 @@ class BladeMixin(ReferenceMixin):
         """
         with private_randomness(derive_seed(self._seed, step, self.args.process_index, 1), self.args.device):
             selections = None
-            if self.penalty > 0 and not first:
+            if self.bilevel_config.penalty > 0 and not first:
                 selections = self._lower_selections(step, num_steps)
             self.reference.synchronise()
 
             def penalised_loss(reference: nn.Module, k: int) -> Iterator[Tensor]:
                 yield self._losses(reference, self._draw_target_batch()).mean()
-                if self.penalty > 0:
+                if self.bilevel_config.penalty > 0:
                     selection = None if selections is None else selections[k]
-                    yield self.penalty * self._lower_loss(reference, self._pool_batch(step, k), selection)
+                    yield self.bilevel_config.penalty * self._lower_loss(
+                        reference, self._pool_batch(step, k), selection
+                    )
 
             self._reference_losses.append(self._train_reference(num_steps, penalised_loss))
         last = float(self._reference_losses[-1][-1])  # one host sync for each synchronisation
@@ -689,7 +683,7 @@ class BladeMixin(ReferenceMixin):
         facts["reference_kind"] = "none" if self._is_off() else self._reference_kind
         if facts["reference_kind"] == "dynamic":
             facts["sync_steps"], facts["reference_steps"], facts["first_reference_steps"] = self._schedule
-            facts["penalty"] = self.penalty
+            facts["penalty"] = self.bilevel_config.penalty
         return facts
 
     def _forward_passes(self, load: Load) -> float:
@@ -707,7 +701,7 @@ class BladeMixin(ReferenceMixin):
                 f"with a reference model. Every {sync_steps} optimizer steps the reference became a copy of the model and took "
                 f"{reference_steps} steps ({first} the first time) on the target dataset"
             )
-            about += f" and, weighted {self.penalty:.4g}, on the selected {unit}." if self.penalty else "."
+            about += f" and, weighted {config.penalty:.4g}, on the selected {unit}." if config.penalty else "."
             paper = _PAPER
         elif kind == "static":
             about = f": of every batch of candidates it trained on the {share} of the {unit} on which the model did worst compared with a fixed reference model."

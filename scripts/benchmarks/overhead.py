@@ -140,7 +140,7 @@ def make_trainer(arm: str, model: nn.Module, data: list[dict], batch_size: int, 
         "blade_token": BladeConfig(selection_ratio=RATIO["blade_token"], granularity="token", **no_phase),
         "blade_sample": BladeConfig(selection_ratio=RATIO["blade_sample"], granularity="sample", **no_phase),
         # As published otherwise; steps 0 and 2 synchronise, so the second of two timed steps does and the first does not.
-        "phase": BladeConfig(sync_steps=2, reference_steps=PHASE_STEPS, first_reference_steps=1),
+        "phase": BladeConfig(sync_steps=2, reference_steps=PHASE_STEPS, first_reference_steps=1, penalty=1.0),
         "bros": BrosConfig(),
         "bros_every5": BrosConfig(update_every=5),
         "masoba": BrosConfig(rank="full", hessian_action="double_backward"),

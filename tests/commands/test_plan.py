@@ -109,13 +109,13 @@ def test_the_number_of_steps_is_the_trainers(tiny, data, common, capsys) -> None
         # of the ten phases selects nothing.
         (
             "blade",
-            "--max_steps 1000 --sync_steps 100 --reference_steps 30",
+            "--max_steps 1000 --sync_steps 100 --reference_steps 30 --penalty 1",
             (4 + 0.3 * (0.9 * (3 + 2 + 3) + 0.1 * (3 + 3))) / 3,
         ),
-        ("blade", "--max_steps 1000 --sync_steps 100 --reference_steps 30 --penalty 0", (4 + 0.3 * 3) / 3),
+        ("blade", "--max_steps 1000 --sync_steps 100 --reference_steps 30", (4 + 0.3 * 3) / 3),
         (
             "blade",
-            "--max_steps 10 --start_step 5 --sync_steps 5 --reference_steps 1 --penalty 0",
+            "--max_steps 10 --start_step 5 --sync_steps 5 --reference_steps 1",
             (3 + 0.5 + 0.1 * 3) / 3,
         ),
         ("bros", "", 3),

@@ -305,12 +305,12 @@ class CountForwards(TrainerCallback):
         # one synchronisation at step 0 (3 reference steps) and one at step 2 (3 more, each selected by two forwards)
         (
             "llama",
-            {"selection_ratio": 0.5, "sync_steps": 2, "reference_steps": 3},
+            {"selection_ratio": 0.5, "sync_steps": 2, "reference_steps": 3, "penalty": 1},
             {"proxy": 6, "proxy_without_gradients": 3, "reference": 6 + 3 * 2 + 3 * 3},
         ),
         (
             "llama",
-            {"selection_ratio": 0.5, "sync_steps": 2, "reference_steps": 3, "penalty": 0},
+            {"selection_ratio": 0.5, "sync_steps": 2, "reference_steps": 3},
             {"proxy": 6, "proxy_without_gradients": 0, "reference": 6 + 3 + 3},
         ),
     ],
@@ -1042,7 +1042,7 @@ def test_warnings_about_ignored_settings(tmp_path: Path) -> None:
             "vit",
             tmp_path,
             trainer_kwargs={
-                "bilevel_config": BladeConfig(score="loss", penalty=0),
+                "bilevel_config": BladeConfig(score="loss", penalty=0.5),
                 "reference_model": make_model("vit"),
             },
         )
@@ -1071,7 +1071,7 @@ def test_warnings_about_ignored_settings(tmp_path: Path) -> None:
         ({"sync_steps": 0}, ValueError, "`sync_steps` must be at least 1 or 'auto', got 0"),
         ({"sync_steps": 1.5}, TypeError, "`sync_steps` must be int or 'auto', got 1.5 of type float"),
         ({"penalty": -1}, ValueError, "`penalty` must be finite and not negative, got -1"),
-        ({"penalty": [1]}, TypeError, "`penalty` must be float or 'auto'"),
+        ({"penalty": [1]}, TypeError, r"`penalty` must be float, got \[1\] of type list"),
         ({"start_step": -1}, ValueError, "`start_step` must not be negative"),
         ({"reference_learning_rate": 0.0}, ValueError, "`reference_learning_rate` must be positive"),
         ({"target_batch_size": 0}, ValueError, "`target_batch_size` must be at least 1"),
