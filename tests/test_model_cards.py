@@ -120,7 +120,11 @@ def test_results_that_are_no_table_are_refused(results: Any, tmp_path: Path) -> 
 # Of trainers ----------------------------------------------------------------------------------------------------------
 
 METHODS: dict[str, tuple[type, Any, str]] = {
-    "blade": (BladeTrainer, BladeConfig(selection_ratio=0.5, domain_column="source", reference_steps=1), "vit"),
+    "blade": (
+        BladeTrainer,
+        BladeConfig(selection_ratio=0.5, domain_column="source", reference_steps=1, penalty=0.5),
+        "vit",
+    ),
     "blade_token": (BladeTrainer, BladeConfig(selection_ratio=0.5, reference_steps=1), "llama"),
     "bros": (BrosTrainer, BrosConfig(rank=0.5), "vit"),
     "mixture": (MixtureTrainer, MixtureConfig(domain_column="source", inner_steps=2), "vit"),
@@ -191,6 +195,7 @@ def expect_blade(trainer: BladeTrainer, text: str) -> None:
     assert "](blade_scores.png)" in text and "](blade_domains.png)" in text
     # Two forwards of 8 candidates and a backward of 4; a synchronisation a step, of 1 step on 8 target rows and, weighted, on
     # the pool: all 8 candidates the first time, later 4 after scoring 8.
+    assert "and, weighted 0.5, on the selected samples" in text
     passes = 6 * (2 * 8 + 3 * 4) + 6 * 3 * 8 + 3 * 8 + 5 * (2 * 8 + 3 * 4)
     assert f"(forward and backward count 3) | {passes} |" in text
 
