@@ -107,8 +107,8 @@ def synchronisation_schedule(sync_steps: int | None, reference_steps: int | None
     """Resolve the synchronisation period T and the reference steps K.
 
     Published: five synchronisations in 5,000 steps (T = 1,000) with K = 300, and no difference for T from 500 to
-    2,000. "auto" keeps what does not depend on the length of a run: at least twenty synchronisations where steps are
-    few, never more than 1,000 steps apart, and K = 0.3 T.
+    2,000. "auto": twenty synchronisations in a run, but at most 1,000 and at least 40 steps apart, since a reference that
+    takes a handful of steps is hardly another model than the proxy; and the published K = 0.3 T.
 
     Args:
         sync_steps: T, or None for "auto".
@@ -119,11 +119,11 @@ def synchronisation_schedule(sync_steps: int | None, reference_steps: int | None
         T and K, both at least 1.
 
     Example:
-        >>> synchronisation_schedule(None, None, 100_000), synchronisation_schedule(None, None, 1_000)
-        ((1000, 300), (50, 15))
+        >>> [synchronisation_schedule(None, None, max_steps) for max_steps in (100_000, 1_000, 100, 10)]
+        [(1000, 300), (50, 15), (40, 12), (10, 3)]
     """
     if sync_steps is None:
-        sync_steps = min(1000, max(1, -(-max_steps // 20)))
+        sync_steps = min(max_steps, 1000, max(40, -(-max_steps // 20)))
     if reference_steps is None:
         reference_steps = max(1, round(0.3 * sync_steps))
     return sync_steps, reference_steps

@@ -67,16 +67,15 @@ from transformers import (
 from hf_bilevel import BladeConfig, BladeTrainer, BrosConfig, BrosTrainer, MixtureConfig, MixtureTrainer
 
 ARMS = ("base", "all", "target", "random", "loss", "static", "blade", "blade_sample", "bros", "mixture")
-TRIALS: dict[str, dict[str, float]] = {
+TRIALS: dict[str, dict[str, float | str]] = {
+    "blade auto": {"num_synchronisations": "auto"},  # the schedule as it comes
     "blade published": {"num_synchronisations": 5, "reference_share": 0.3, "penalty": 1.0},
     "blade penalty=1": {"penalty": 1.0},
-    "blade penalty=0.1": {"penalty": 0.1},
     "blade K/T=0.3": {"reference_share": 0.3},
     "blade K/T=0.3 rate=3e-3": {"reference_share": 0.3, "reference_learning_rate": 3e-3},
     "blade synchronisations=1": {"num_synchronisations": 1},
     "blade synchronisations=5": {"num_synchronisations": 5},
     "blade ratio=0.3": {"selection_ratio": 0.3},
-    "blade ratio=0.7": {"selection_ratio": 0.7},
     "blade target_batch=4": {"target_batch_size": 4},
 }
 ALL_ARMS = (*ARMS, *TRIALS)
@@ -243,11 +242,13 @@ def train(trainer: Trainer, passes: Passes) -> Trainer:
 
 
 def blade_config(settings: dict, granularity: str, steps: int) -> BladeConfig:
-    """Spread the synchronisations over the run."""
-    others = {name: v for name, v in settings.items() if name not in ("num_synchronisations", "reference_share")}
-    sync_steps = -(-steps // settings["num_synchronisations"])
-    reference_steps = max(1, round(settings["reference_share"] * sync_steps))
-    return BladeConfig(granularity=granularity, sync_steps=sync_steps, reference_steps=reference_steps, **others)
+    """Spread the synchronisations over the run, unless "auto" does."""
+    settings = dict(settings)
+    num, share = settings.pop("num_synchronisations"), settings.pop("reference_share")
+    if num != "auto":
+        sync_steps = -(-steps // num)
+        settings |= {"sync_steps": sync_steps, "reference_steps": max(1, round(share * sync_steps))}
+    return BladeConfig(granularity=granularity, **settings)
 
 
 def run_arm(arm: str, task: Task, keep: Path | None) -> dict:
