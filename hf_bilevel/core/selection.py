@@ -107,8 +107,9 @@ def synchronisation_schedule(sync_steps: int | None, reference_steps: int | None
     """Resolve the synchronisation period T and the reference steps K.
 
     Published: five synchronisations in 5,000 steps (T = 1,000) with K = 300, and no difference for T from 500 to
-    2,000. "auto": twenty synchronisations in a run, but at most 1,000 and at least 40 steps apart, since a reference that
-    takes a handful of steps is hardly another model than the proxy; and the published K = 0.3 T.
+    2,000. "auto": twenty synchronisations in a run, 40 to 1,000 steps apart, and the published K = 0.3 T, but at least 20
+    steps, or T if that is less. The proxy moves on for T steps while the reference waits: a reference that has hardly moved
+    prefers what the proxy cannot learn, and did worse than no selection.
 
     Args:
         sync_steps: T, or None for "auto".
@@ -120,12 +121,12 @@ def synchronisation_schedule(sync_steps: int | None, reference_steps: int | None
 
     Example:
         >>> [synchronisation_schedule(None, None, max_steps) for max_steps in (100_000, 1_000, 100, 10)]
-        [(1000, 300), (50, 15), (40, 12), (10, 3)]
+        [(1000, 300), (50, 20), (40, 20), (10, 10)]
     """
     if sync_steps is None:
         sync_steps = min(max_steps, 1000, max(40, -(-max_steps // 20)))
     if reference_steps is None:
-        reference_steps = max(1, round(0.3 * sync_steps))
+        reference_steps = max(round(0.3 * sync_steps), min(sync_steps, 20))
     return sync_steps, reference_steps
 
 

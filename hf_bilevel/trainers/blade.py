@@ -71,7 +71,7 @@ class BladeConfig(BilevelConfig):
     :math:`\gamma`                selection_ratio     0.6                   0.6
     T                             sync_steps          1,000 of 5,000        "auto": 20 in a run, 40 to 1,000 steps
                                                                             apart; short runs need more
-    K                             reference_steps     300                   "auto": 0.3 T, the published share
+    K                             reference_steps     300                   "auto": 0.3 T as published, at least 20
     :math:`\lambda`               penalty             1                     0: on pools that are noisy or off target 1
                                                                             did worse, and costs more (measured)
     ============================  ==================  ====================  =========================================
