@@ -114,7 +114,7 @@ def test_metrics_of_trl_are_over_all_tokens(tokenizer, tmp_path: Path) -> None:
         {"max_steps": 1},
         train_dataset=pool,
         target_dataset=encoded(8, seed=1),
-        bilevel_config=BladeConfig(selection_ratio=0.25),
+        bilevel_config=BladeConfig(selection_ratio=0.25, score="loss"),
     )
     assert ours.granularity == "token"
     plain.train()
@@ -122,7 +122,7 @@ def test_metrics_of_trl_are_over_all_tokens(tokenizer, tmp_path: Path) -> None:
     logs = [trainer.state.log_history[0] for trainer in (plain, ours)]
     for name in ("entropy", "mean_token_accuracy", "num_tokens"):
         assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-5)
-    assert logs[0]["loss"] != pytest.approx(logs[1]["loss"], rel=1e-3)
+    assert logs[1]["loss"] > logs[0]["loss"] + 0.05, "of the tokens with the highest loss"
     assert logs[1]["blade/selected_fraction"] == pytest.approx(0.25, abs=0.05)
 
 
@@ -180,6 +180,19 @@ def test_evaluation_without_something_to_evaluate_on_is_still_an_error(tokenizer
             tokenizer,
             tmp_path,
             {"eval_strategy": "steps"},
+            train_dataset=encoded(8),
+            target_dataset=encoded(8),
+        )
+
+
+def test_tokens_of_other_trainers_of_trl_are_refused(tmp_path: Path) -> None:
+    class OtherTrainer(BladeTrainer):
+        __module__ = "trl.trainer.other"
+
+    with pytest.raises(ValueError, match="Of TRL's trainers only `SFTTrainer` has a loss over tokens"):
+        OtherTrainer(
+            model=make_model("llama"),
+            args=TrainingArguments(str(tmp_path), use_cpu=True),
             train_dataset=encoded(8),
             target_dataset=encoded(8),
         )

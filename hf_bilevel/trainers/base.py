@@ -98,7 +98,7 @@ class BilevelMixin(CheckpointMixin):
 
     @property
     def _is_sft(self) -> bool:
-        return any(parent.__module__.startswith("trl.") for parent in type(self).__mro__)
+        return any(parent.__name__ == "SFTTrainer" and _is_of_trl(parent) for parent in type(self).__mro__)
 
     def _init_sft(self, model: Any, args: Any, eval_dataset: Any = None, **kwargs: Any) -> None:
         """Let ``SFTTrainer`` prepare the target dataset as it prepares those to evaluate on: by adding it to them."""
@@ -126,8 +126,8 @@ class BilevelMixin(CheckpointMixin):
             return "`compute_loss_func`"
         methods = [parent for parent in type(self).__mro__ if "compute_loss" in vars(parent)]
         owner = next(parent for parent in methods if not parent.__module__.startswith("hf_bilevel."))
-        of_trl = owner.__module__.startswith("trl.") and getattr(self.args, "loss_type", None) == "nll"
-        return None if owner is Trainer or of_trl else f"`{owner.__name__}.compute_loss`"
+        heads = owner is Trainer or self._is_sft and _is_of_trl(owner) and self.args.loss_type == "nll"
+        return None if heads else f"`{owner.__name__}.compute_loss`"
 
     # What a method defines ------------------------------------------------------------------------------------------
 
@@ -600,3 +600,7 @@ class BilevelMixin(CheckpointMixin):
             if key.startswith("eval_") and not key.endswith(("_runtime", "_per_second"))
             if isinstance(value, (int, float)) and math.isfinite(value)
         }
+
+
+def _is_of_trl(parent: type) -> bool:
+    return parent.__module__.startswith("trl.")

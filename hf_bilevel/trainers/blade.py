@@ -288,6 +288,11 @@ class BladeMixin(ReferenceMixin):
             warnings.warn(f"Ignored with {why}: {', '.join(f'`{name}`' for name in ignored)}.", stacklevel=5)
 
     def _check_token_setup(self) -> None:
+        if not self._is_sft and any(parent.__module__.startswith("trl.") for parent in type(self).__mro__):
+            raise ValueError(
+                "Of TRL's trainers only `SFTTrainer` has a loss over tokens that can be selected. Use `granularity='sample'` with a "
+                "padding collator."
+            )
         if self._is_sft and not self.model_accepts_loss_kwargs:
             raise ValueError(
                 f"`{type(unwrap(self.model)).__name__}` is not told how many tokens a step has, and TRL then divides by all instead "
