@@ -122,7 +122,7 @@ def test_results_that_are_no_table_are_refused(results: Any, tmp_path: Path) -> 
 METHODS: dict[str, tuple[type, Any, str]] = {
     "blade": (
         BladeTrainer,
-        BladeConfig(selection_ratio=0.5, domain_column="source", reference_steps=1, penalty=0.5),
+        BladeConfig(selection_ratio=0.5, domain_column="source", sync_steps=1, reference_steps=1, penalty=0.5),
         "vit",
     ),
     "blade_token": (BladeTrainer, BladeConfig(selection_ratio=0.5, reference_steps=1), "llama"),
