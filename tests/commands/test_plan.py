@@ -77,7 +77,7 @@ def test_settings_and_batches(tiny, data, common, capsys) -> None:
         "selected: 4 rows",
         "steps of an epoch: 3 (40 rows)",
         "steps of the run: 12",
-        "reference: every 12 steps it is made anew and takes 4",
+        "reference: every 12 steps it is made anew and takes 12",
     ):
         assert f"  {line}\n" in printed
 
