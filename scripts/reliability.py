@@ -193,7 +193,7 @@ def cells_table(rows: list[dict], summary: dict[str, float]) -> str:
     }
     cells = table(["", *kinds], [[METHODS[method], *values] for method, values in counts.items()])
     num = summary.get("cells/tests_run")
-    return f"{cells}\n\n{num} tests are named in these cells; all of them were run, and none failed."
+    return f"{cells}\n\n{num} tests were named in these cells when they were counted; all of them were run, and none failed."
 
 
 def traffic_table(rows: list[dict], summary: dict[str, float]) -> str:
