@@ -300,7 +300,7 @@ class _SubspaceLinear(torch.autograd.Function):
         if needs_bias:
             grad_bias = rows.sum(0)
         if needs_leaf:
-            # The product of the transposes: on a CPU up to twice as fast where outputs are wider than inputs.
+            # The product of the transposes: faster on a CPU where outputs are wider than inputs.
             grad_leaf = (projected.flatten(0, -2).T @ rows).T.to(weight.dtype, memory_format=torch.contiguous_format)
         return grad_inputs, None, grad_bias, grad_leaf, None, None, None
 

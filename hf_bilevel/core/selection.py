@@ -108,8 +108,8 @@ def synchronisation_schedule(sync_steps: int | None, reference_steps: int | None
 
     Published: five synchronisations in 5,000 steps (T = 1,000) with K = 300, and no difference for T from 500 to
     2,000. "auto": twenty synchronisations in a run, 40 to 1,000 steps apart, and the published K = 0.3 T, but at least 20
-    steps, or T if that is less. The proxy moves on for T steps while the reference waits: a reference that has hardly moved
-    prefers what the proxy cannot learn, and did worse than no selection.
+    steps, or T if that is less: the proxy moves on for T steps while the reference waits, and a reference that had taken a
+    handful of steps did worse than no selection.
 
     Args:
         sync_steps: T, or None for "auto".

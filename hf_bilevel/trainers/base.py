@@ -84,7 +84,8 @@ class BilevelMixin(CheckpointMixin):
         self.bilevel_config = self.config_class() if bilevel_config is None else bilevel_config
         self.target_dataset = target_dataset
         self.compute_sample_losses = compute_sample_losses
-        if self._is_sft and isinstance(target_dataset, datasets.Dataset) and not self._is_off():
+        is_prepared_by_trl = self._is_sft and not self._is_off() and isinstance(target_dataset, datasets.Dataset)
+        if is_prepared_by_trl and len(target_dataset):  # of an empty one the checks below say more
             self._init_sft(model, args, **kwargs)
         else:
             super().__init__(model=model, args=args, **kwargs)
@@ -97,6 +98,10 @@ class BilevelMixin(CheckpointMixin):
     # TRL ------------------------------------------------------------------------------------------------------------
 
     @property
+    def _is_of_trl(self) -> bool:
+        return any(_is_of_trl(parent) for parent in type(self).__mro__)
+
+    @property
     def _is_sft(self) -> bool:
         return any(parent.__name__ == "SFTTrainer" and _is_of_trl(parent) for parent in type(self).__mro__)
 
@@ -104,14 +109,26 @@ class BilevelMixin(CheckpointMixin):
         """Let ``SFTTrainer`` prepare the target dataset as it prepares those to evaluate on: by adding it to them."""
         if eval_dataset is None and getattr(args, "eval_strategy", "no") != "no":
             return super().__init__(model=model, args=args, **kwargs)  # raises for want of something to evaluate on
-        several = isinstance(eval_dataset, dict)
+        self._check_columns_for_sft(args, kwargs.get("train_dataset"))
+        several, name = isinstance(eval_dataset, dict), "target_dataset"
         prepared = eval_dataset if several else {"eval": eval_dataset} if eval_dataset is not None else {}
-        super().__init__(
-            model=model, args=args, eval_dataset={**prepared, "target_dataset": self.target_dataset}, **kwargs
-        )
-        self.target_dataset = self.eval_dataset.pop("target_dataset")
+        while name in prepared:
+            name += "_"
+        super().__init__(model=model, args=args, eval_dataset={**prepared, name: self.target_dataset}, **kwargs)
+        self.target_dataset = self.eval_dataset.pop(name)
         if not several:
             self.eval_dataset = self.eval_dataset.get("eval")
+
+    def _check_columns_for_sft(self, args: Any, pool: Any) -> None:
+        """Refuse a target dataset that SFTTrainer could not tokenise as it does the pool."""
+        read = {getattr(args, "dataset_text_field", "text"), "messages", "conversations", "prompt", "completion"}
+        columns = self.target_dataset.column_names
+        missing = (read & set(getattr(pool, "column_names", None) or ())) - set(columns)
+        if missing and "input_ids" not in columns:
+            raise ValueError(
+                f"`target_dataset` has the columns {columns} and lacks {sorted(missing)}, which SFTTrainer reads from "
+                "`train_dataset`. Give both the same columns, or a target dataset that is tokenised already (`input_ids`)."
+            )
 
     def _pool_as_given(self) -> Any:
         """The pool whose rows the ids count: TRL may have tokenised it, row by row."""

@@ -70,7 +70,7 @@ class BladeConfig(BilevelConfig):
     ============================  ==================  ====================  =========================================
     :math:`\gamma`                selection_ratio     0.6                   0.6
     T                             sync_steps          1,000 of 5,000        "auto": 20 in a run, 40 to 1,000 steps
-                                                                            apart; short runs need more
+                                                                            apart; one if it is shorter
     K                             reference_steps     300                   "auto": 0.3 T as published, at least 20
     :math:`\lambda`               penalty             1                     0: on pools that are noisy or off target 1
                                                                             did worse, and costs more (measured)
@@ -288,7 +288,7 @@ class BladeMixin(ReferenceMixin):
             warnings.warn(f"Ignored with {why}: {', '.join(f'`{name}`' for name in ignored)}.", stacklevel=5)
 
     def _check_token_setup(self) -> None:
-        if not self._is_sft and any(parent.__module__.startswith("trl.") for parent in type(self).__mro__):
+        if self._is_of_trl and not self._is_sft:
             raise ValueError(
                 "Of TRL's trainers only `SFTTrainer` has a loss over tokens that can be selected. Use `granularity='sample'` with a "
                 "padding collator."

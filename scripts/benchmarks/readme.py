@@ -210,9 +210,9 @@ def domain_shift() -> str:
     lines += [
         "",
         "At the same steps BLADE is below all tokens, random tokens and the static reference. It is not what to do here: the target dataset "
-        "is as large as so short a run needs, and the plain Trainer on it alone is far ahead; `MixtureTrainer` finds that out and costs "
-        "less. Selection is meant for targets of which there is not enough. At the forward-equivalents of all tokens no method of the pool "
-        "wins, since most of the cost of a short run is the reference's; the learning rate is constant, so the last column is the same run, "
+        "is as large as so short a run needs, and the plain Trainer on it alone is far ahead; `MixtureTrainer` moves its shares there "
+        "and costs less. Selection is meant for targets of which there is not enough. At the forward-equivalents of all tokens none that trains on the "
+        "pool wins, since they cost more a step and make fewer; the learning rate is constant, so the last column is the same run, "
         "stopped earlier. BLADE's settings were chosen on seed 0. From `scripts/benchmarks/results/domain_shift.json`; "
         "[what else was tried](scripts/benchmarks/README.md#domain-shift-what-was-tried-for-blade).",
     ]
