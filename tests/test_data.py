@@ -33,6 +33,7 @@ from transformers import (
 from hf_bilevel.data import (
     DOMAIN_ID,
     SAMPLE_ID,
+    CollatedRows,
     DataCollatorWithOrigin,
     EndlessLoader,
     NumberedDataset,
@@ -44,6 +45,9 @@ from hf_bilevel.data import (
     pop_origin,
     private_randomness,
     read_domains,
+    split_by_length,
+    used_columns,
+    without_padding,
 )
 
 
@@ -450,6 +454,62 @@ def test_padding_free_batches_are_refused(batch: dict[str, Any], path: str, leng
     )
     with pytest.raises(ValueError, match=message + r"`padding_free=False` and no packing\)"):
         pick_rows(batch, [0], 3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Padding
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=6), st.sampled_from([9, 16]))
+def test_padding_is_left_out_and_nothing_else(spans: list[tuple[int, int]], width: int) -> None:
+    """Rows attend from one column to another, or to none; labels are where they attend and, in the first row, at the end."""
+    mask = torch.zeros(len(spans), width, dtype=torch.int64)
+    for row, (start, length) in zip(mask, spans, strict=True):
+        row[start : start + length] = 1
+    tokens = torch.arange(mask.numel()).view(mask.shape) + 1
+    labels = torch.where(mask > 0, tokens, -100)
+    labels[0, -1] = 7
+    batch = {"input_ids": tokens * mask, "attention_mask": mask, "labels": labels, "weight": torch.ones(len(spans))}
+    columns = used_columns(batch, len(spans))
+    for i, row in enumerate(((mask > 0) | (labels != -100)).tolist()):
+        first = row.index(True) if any(row) else 0
+        last = width - row[::-1].index(True) if any(row) else width
+        assert columns[i].tolist() == [first, last]
+    cut = without_padding(batch, columns)
+    kept = cut["input_ids"].shape[1]
+    assert {cut[key].shape[1] for key in ("input_ids", "attention_mask", "labels")} == {kept}
+    assert kept % 8 == 0 if width % 8 == 0 else kept == columns[:, 1].max() - columns[:, 0].min()
+    assert cut["weight"] is batch["weight"] and cut["attention_mask"].sum() == mask.sum()
+    assert cut["input_ids"].sum() == batch["input_ids"].sum()
+    assert cut["labels"][cut["labels"] != -100].tolist() == labels[labels != -100].tolist()
+
+
+def test_no_columns_without_a_mask_of_the_rows() -> None:
+    mask = torch.ones(2, 3)
+    assert used_columns({"pixel_values": torch.zeros(2, 3, 4, 4)}, 2) is None
+    assert used_columns({"attention_mask": torch.ones(2, 1, 3, 3)}, 2) is None
+    assert used_columns({"attention_mask": mask[:1]}, 2) is None  # several samples in a row
+    assert used_columns({"attention_mask": mask, "decoder_input_ids": torch.ones(2, 3)}, 2) is None
+    assert used_columns({"attention_mask": mask}, 2).tolist() == [[0, 3], [0, 3]]
+
+
+def test_long_labels_of_an_encoder_decoder_stay_whole() -> None:
+    """Source and target are padded to the same width, and the target is longer."""
+    rows = [{"input_ids": [5, 6, 0, 0], "attention_mask": [1, 1, 0, 0], "labels": [7, 8, 9, -100]}] * 2
+    taken = CollatedRows(rows, default_data_collator, torch.device("cpu"), seed=0).take(torch.tensor([1]))
+    assert taken["labels"].tolist() == [[7, 8, 9]] and taken["input_ids"].tolist() == [[5, 6, 0]]
+
+
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=70), st.integers(1, 9))
+def test_rows_are_split_by_length(lengths: list[int], min_rows: int) -> None:
+    width = max(lengths)
+    parts = split_by_length(torch.tensor(lengths), width, min_rows=min_rows)
+    assert sorted(torch.cat(parts).tolist()) == list(range(len(lengths)))
+    assert all(len(part) >= min_rows for part in parts) or len(parts) == 1
+    columns = [max(lengths[i] for i in part.tolist()) for part in parts]
+    assert columns == sorted(columns)
+    needed = sum(len(part) * column for part, column in zip(parts, columns, strict=True))
+    assert needed <= 0.9 * len(lengths) * width or len(parts) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,15 @@ from hf_bilevel.core.selection import (
     synchronisation_schedule,
     top_units,
 )
-from hf_bilevel.data import Origin, derive_seed, pick_rows, private_randomness
+from hf_bilevel.data import (
+    Origin,
+    derive_seed,
+    pick_rows,
+    private_randomness,
+    split_by_length,
+    used_columns,
+    without_padding,
+)
 from hf_bilevel.losses import (
     IGNORE_INDEX,
     LM_HEADS,
@@ -371,11 +379,25 @@ class BladeMixin(ReferenceMixin):
         planned = [self._planned_labels(batch) for batch in prepared]
         return batches, self._get_num_items_in_batch(planned, self.args.device)
 
-    def _score(self, batches: list[Any], score: str) -> list[tuple[Tensor, Tensor]]:
-        """Score the units of candidate batches: (scores, valid) for each; one forward of each model a batch."""
+    def _score(
+        self, batches: list[Any], score: str, columns: list[Tensor | None] | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Score the units of candidate batches; one forward of each model a row.
+
+        Args:
+            batches: Candidates, on the model's device.
+            score: As in ``BladeConfig``.
+            columns: Those that the rows use, from ``_columns``: rows of many lengths are then scored in parts of like length.
+
+        Returns:
+            Of each batch the scores of its units, and which of them are valid.
+        """
+        parts = [
+            self._parts(batch, used) for batch, used in zip(batches, columns or [None] * len(batches), strict=True)
+        ]
         # All batches pass through the proxy first: a reference that is an adapter replaces it while active.
         with evaluating(self.model):
-            units = [self._losses(self.model, batch) for batch in batches]
+            units = [self._losses_of_parts(self.model, entry) for entry in parts]
         if score == "random":
             # Still one forward of the proxy: a loss that is not finite must not be drawn either.
             draws = [torch.rand(u.losses.shape).to(u.losses.device) for u in units]
@@ -384,14 +406,49 @@ class BladeMixin(ReferenceMixin):
             scores = [u.losses for u in units]
         else:
             with self.reference.active() as reference:
-                references = [self._losses(reference, batch) for batch in batches]
+                references = [self._losses_of_parts(reference, entry) for entry in parts]
             scores = [excess_loss(u.losses, r.losses) for u, r in zip(units, references, strict=True)]
         return [(scored, u.valid) for scored, u in zip(scores, units, strict=True)]
 
+    def _columns(self, batches: list[Any], sizes: list[int]) -> list[Tensor | None]:
+        """Find the columns that each row of padded batches uses; one host sync, and none without attention masks.
+
+        Returns:
+            Of each batch ``used_columns``, on the CPU; or None where a model is compiled for one width, and where all processes
+            have to call it equally often.
+        """
+        if self.args.torch_compile or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return [None] * len(batches)
+        found = [used_columns(batch, size) for batch, size in zip(batches, sizes, strict=True)]
+        if any(used is None for used in found):
+            return [None] * len(batches)
+        return list(torch.cat(found).cpu().split(sizes))
+
+    @staticmethod
+    def _parts(batch: Any, columns: Tensor | None) -> list[tuple[Tensor | None, Any]]:
+        """Cut a batch into (row numbers, rows) of like length."""
+        if columns is None:
+            return [(None, batch)]
+        groups = split_by_length(columns[:, 1] - columns[:, 0], batch["attention_mask"].shape[1])
+        if len(groups) == 1:
+            return [(None, batch)]
+        rows = (pick_rows(batch, group.tolist(), len(columns)) for group in groups)
+        return [(group, without_padding(part, columns[group])) for group, part in zip(groups, rows, strict=True)]
+
+    def _losses_of_parts(self, model: nn.Module, parts: list[tuple[Tensor | None, Any]]) -> UnitLosses:
+        """Compute the losses of all rows of a batch, in their order."""
+        units = [self._losses(model, part) for _, part in parts]
+        if len(units) == 1:
+            return units[0]
+        order = torch.cat([rows for rows, _ in parts]).argsort().to(units[0].losses.device)
+        return UnitLosses(torch.cat([u.losses for u in units])[order], torch.cat([u.counts for u in units])[order])
+
     def _pick_samples(self, batches: list[Any], prepared: list[Any], origins: list[Origin]) -> list[Any]:
-        ratio = self.bilevel_config.selection_ratio
+        ratio, sizes = self.bilevel_config.selection_ratio, [len(origin) for origin in origins]
+        columns = self._columns(prepared, sizes)
         keeps, excluded_before = [], self._sums[4:].clone()
-        for (scores, valid), origin in zip(self._score(prepared, self.bilevel_config.score), origins, strict=True):
+        scored = self._score(prepared, self.bilevel_config.score, columns)
+        for (scores, valid), origin in zip(scored, origins, strict=True):
             if len(scores) != len(origin):
                 raise ValueError(
                     f"A batch of {len(origin)} samples gave {len(scores)} losses. Padding-free batches hold several "
@@ -400,17 +457,23 @@ class BladeMixin(ReferenceMixin):
             keep = top_units(scores, valid, num_selected(ratio, len(origin)))
             self._record(origin, valid.long(), keep.long(), scores, scores, valid, keep)
             keeps.append(keep)
-        # The one host sync of sample level: which rows to pick, and whether a loss was not finite.
-        *kept, excluded = torch.cat([*keeps, self._sums[4:] > excluded_before]).cpu().split([*map(len, origins), 1])
+        # A host sync: which rows to pick, and whether a loss was not finite.
+        *kept, excluded = torch.cat([*keeps, self._sums[4:] > excluded_before]).cpu().split([*sizes, 1])
         if bool(excluded) and self.bilevel_config.on_non_finite == "error":
             raise FloatingPointError(self._non_finite_message())
-        rows = [keep.nonzero().flatten().tolist() for keep in kept]
-        if not all(rows):
+        rows = [keep.nonzero().flatten() for keep in kept]
+        if not all(map(len, rows)):
             raise FloatingPointError(
                 f"No candidate of a batch has a finite loss and a label at step {self.state.global_step}, so there is "
                 "nothing to train on. Check the data and lower the learning rate."
             )
-        return [pick_rows(batch, row, len(o)) for batch, row, o in zip(batches, rows, origins, strict=True)]
+        return [self._picked(*entry) for entry in zip(batches, rows, sizes, columns, strict=True)]
+
+    @staticmethod
+    def _picked(batch: Any, rows: Tensor, size: int, columns: Tensor | None) -> Any:
+        """Take the selected rows, without the columns that only others use."""
+        picked = pick_rows(batch, rows.tolist(), size)
+        return picked if columns is None else without_padding(picked, columns[rows])
 
     def _non_finite_message(self) -> str:
         return (

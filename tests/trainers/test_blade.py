@@ -5,6 +5,7 @@ import logging
 import math
 import shutil
 import types
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -335,6 +336,88 @@ def test_number_of_forward_passes(name: str, settings: dict, expected: dict[str,
     counter.trainer = trainer
     trainer.train()
     assert counter.counts == expected
+
+
+def ragged_rows(name: str, num: int) -> Dataset:
+    """Rows of 2 to 12 tokens, padded to 12, in random order; labels as in ``make_rows``."""
+    rows = make_rows(name, num)
+    for i, row in enumerate(rows):
+        used = 2 + 7 * i % 11
+        row["attention_mask"] = [int(t < used) for t in range(LENGTH)]
+        row["input_ids"] = [
+            token if t < used else 0 for t, token in enumerate(torch.tensor(row["input_ids"]).add(1) % 47)
+        ]
+        if name == "llama":
+            row["labels"] = [token if t < used else -100 for t, token in enumerate(row["input_ids"])]
+    return Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("reference", ["static", "dynamic"])
+def test_rows_of_many_lengths_are_scored_without_their_padding(
+    name: str, reference: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same rows as with all of the padding, the same gradients, fewer columns."""
+    settings = {"granularity": "sample", "selection_ratio": 0.25, "reference": reference, "penalty": 0.0}
+    if reference == "dynamic":
+        settings |= {"sync_steps": 2, "reference_steps": 2, "penalty": 1.0}
+
+    def run(folder: str) -> tuple[RecordingTrainer, Recorder, Counter]:
+        columns: Counter[str] = Counter()
+
+        def count(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+            what = "trained" if module.training else "scored"
+            columns[what] += kwargs["input_ids"].numel()
+            columns[f"{what} rows"] += len(kwargs["input_ids"])
+
+        model = make_model(name).double()
+        handle = model.register_forward_pre_hook(count, with_kwargs=True)
+        extra = {"train_dataset": ragged_rows(name, 48), "reference_model": other_model(name)}
+        if reference == "dynamic":
+            del extra["reference_model"]
+        trained = train(
+            name,
+            tmp_path / folder,
+            settings,
+            model=model,
+            max_steps=3,
+            per_device_train_batch_size=16,
+            gradient_accumulation_steps=2,
+            train_dataset=extra.pop("train_dataset"),
+            trainer_kwargs=extra,
+        )
+        handle.remove()
+        return *trained, columns
+
+    short, short_recorder, few = run("short")
+    monkeypatch.setattr(BladeTrainer, "_columns", lambda self, batches, sizes: [None] * len(batches))
+    full, full_recorder, many = run("full")
+    assert few["scored rows"] == many["scored rows"] and few["trained rows"] == many["trained rows"]
+    assert few["trained"] < many["trained"] and few["scored"] < 0.9 * many["scored"]
+    for (_, _, one), (_, _, two) in zip(short.steps, full.steps, strict=True):
+        for cut, padded in zip(one[0], two[0], strict=True):
+            width = cut["input_ids"].shape[1]
+            assert torch.equal(cut["input_ids"], padded["input_ids"][:, :width])
+            assert width == padded["attention_mask"].sum(1).max()
+        assert one[1] == two[1]
+    for one, two in zip(short_recorder.gradients, full_recorder.gradients, strict=True):
+        assert all(torch.allclose(one[key], two[key], rtol=0, atol=1e-9) for key in two)
+
+
+def test_a_compiled_model_keeps_its_width(tmp_path: Path) -> None:
+    trainer = make_trainer(
+        BladeTrainer,
+        "bert",
+        tmp_path,
+        trainer_kwargs={
+            "target_dataset": make_dataset("bert", 10, seed=7),
+            "bilevel_config": BladeConfig(selection_ratio=0.5),
+        },
+    )
+    batch = {"attention_mask": torch.tensor([[1, 0], [1, 1]])}
+    assert trainer._columns([batch], [2])[0].tolist() == [[0, 1], [0, 2]]
+    trainer.args.torch_compile = True
+    assert trainer._columns([batch], [2]) == [None]
 
 
 # Statistics -----------------------------------------------------------------------------------------------------------
