@@ -34,7 +34,8 @@ class KernelEngine:
     at the initial weights and over the parameters that are trained, estimated with a few v and scaled so that its mean over
     the diagonal of the pool is 1. A wide network, trained by small steps from there, fits as this kernel does; with only a
     linear head trained, it is the regression on the features. Labels are one-hot vectors less their mean, the upper loss is the
-    mean squared distance to them.
+    mean squared distance to them. With a pool share it is in part that of the pool's rows too, each fitted by the others (see
+    ``KernelRidge``) and weighted so that the classes count as among the upper rows.
 
     Args:
         model: A classifier with one label for each row; it is only read. Parameters without ``requires_grad`` do not count.
@@ -42,6 +43,7 @@ class KernelEngine:
         upper: Rows that the upper loss is measured on; the same object as the pool for the pool.
         ridge: Of the regression, positive, in units of the kernel's diagonal.
         generator: Of the combinations of logits, on the CPU.
+        pool_share: Share of the pool in the upper loss, in [0, 1].
         show_progress: Whether to show a bar while the kernel is computed.
 
     Raises:
@@ -50,7 +52,7 @@ class KernelEngine:
 
     Cost: once, three forward and backward passes of every row, in blocks whose gradients fit into 1 GiB; with b blocks of the
     pool instead of one, (b + 1) / 2 times as many. Models that ``vmap`` cannot take go row by row. Then, for a mask of k of n
-    rows, :math:`O(n k^2)` and no pass of the model. Memory: two matrices of n × n in float64.
+    rows, :math:`O(n k^2)` and no pass of the model. Memory: two matrices of n × n in float64, or three with a pool share.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class KernelEngine:
         upper: CollatedRows,
         ridge: float,
         generator: torch.Generator,
+        pool_share: float = 0.0,
         show_progress: bool = False,
     ) -> None:
         self.model, self.pool, self.upper = model, pool, upper
@@ -78,8 +81,9 @@ class KernelEngine:
             targets = [_one_hot(rows.batch["labels"], num_classes, name) for rows, name in self._named_rows()]
             self._combinations = torch.randn(NUM_DRAWS, num_classes, generator=generator).to(self._device)
         self._shows_progress = show_progress
+        weights = _class_weights(targets[0] > 0, targets[-1] > 0) if pool_share > 0 else None
         kernel, upper_kernel = self._kernels()
-        self._problem = KernelRidge(kernel, targets[0], upper_kernel, targets[-1], ridge)
+        self._problem = KernelRidge(kernel, targets[0], upper_kernel, targets[-1], ridge, pool_share, weights)
 
     def _named_rows(self) -> list[tuple[CollatedRows, str]]:
         pool = [(self.pool, "train_dataset")]
@@ -203,6 +207,17 @@ class _Logits(nn.Module):
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
         return class_logits(self.model, batch)
+
+
+def _class_weights(pool: Tensor, upper: Tensor) -> Tensor:
+    """Weight the rows of the pool, with the mean 1, so that each class has the share of it that it has of the upper rows."""
+    ratios = upper.double().mean(0) / pool.double().mean(0)  # infinite for classes that the pool does not have
+    weights = torch.where(pool, ratios, 0.0).sum(1)
+    if not weights.any():
+        raise ValueError(
+            "`pool_share` needs a pool with classes of the target dataset, and it has none. Use `pool_share=0`."
+        )
+    return weights / weights.mean()
 
 
 def _one_hot(labels: Any, num_classes: int, name: str) -> Tensor:

@@ -121,7 +121,8 @@ RIDGE = 0.05
 class Ridge:
     """A small pool with another target set, and its outer loss as a function of all weights, solved in another way."""
 
-    def __init__(self) -> None:
+    def __init__(self, outer_weights: torch.Tensor | None = None) -> None:
+        self.outer_weights = outer_weights
         generator = seeded(6)
         pool, target = (torch.randn(n, 3, generator=generator, dtype=torch.float64) for n in (12, 7))
         self.kernel, self.outer_kernel = (torch.exp(-torch.cdist(x, pool).square() / 4) for x in (pool, target))
@@ -133,11 +134,12 @@ class Ridge:
         system = weights[:, None] * self.kernel + RIDGE * torch.eye(12, dtype=torch.float64)
         coefficients = torch.linalg.solve(system, weights[:, None] * self.targets)
         residuals = self.outer_kernel @ coefficients - self.outer_targets
-        return float(residuals.square().sum(1).mean())
+        shares = torch.full((7,), 1 / 7) if self.outer_weights is None else self.outer_weights
+        return float(shares.double() @ residuals.square().sum(1))
 
     def derivatives(self, controls: ModuleType, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         outer = (self.outer_kernel, self.outer_targets)
-        return controls.weight_derivatives(self.kernel, self.targets, ids, weights, *outer, RIDGE)
+        return controls.weight_derivatives(self.kernel, self.targets, ids, weights, *outer, RIDGE, self.outer_weights)
 
 
 def test_the_solution_minimises_the_weighted_ridge_loss(controls: ModuleType) -> None:
@@ -151,9 +153,12 @@ def test_the_solution_minimises_the_weighted_ridge_loss(controls: ModuleType) ->
     assert gradient.abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("outer_weights", [None, torch.linspace(0, 2 / 7, 7)])
 @pytest.mark.parametrize("ids", [[], [3], [5, 0, 11, 2]])
-def test_derivatives_are_finite_differences(controls: ModuleType, ids: list[int]) -> None:
-    problem = Ridge()
+def test_derivatives_are_finite_differences(
+    controls: ModuleType, ids: list[int], outer_weights: torch.Tensor | None
+) -> None:
+    problem = Ridge(outer_weights)
     chosen = torch.tensor(ids, dtype=torch.int64)
     weights = torch.tensor([0.7, 1.3, 0.0, 2.0][: len(ids)], dtype=torch.float64)
     at = torch.zeros(12, dtype=torch.float64).index_put_((chosen,), weights)

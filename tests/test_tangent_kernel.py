@@ -85,6 +85,33 @@ def test_upper_losses_are_those_of_ridge_regression_on_the_gradients(judged_on: 
         assert float(differences[c, i]) == pytest.approx(-change if masks[c, i] else change, rel=1e-5)
 
 
+def test_the_pool_is_judged_without_each_row_itself_and_by_the_classes_of_the_target() -> None:
+    model, pool, upper = Network(), make_rows(9, 1), make_rows(5, 2)
+    arguments = (model, pool, upper, RIDGE)
+    engine = KernelEngine(*arguments, torch.Generator().manual_seed(7), pool_share=0.4)
+    features = tuple(features_by_hand(model, rows, 3) for rows in (pool, upper))
+    labels, wanted = (rows.batch["labels"].tolist() for rows in (pool, upper))
+    weights = [wanted.count(label) / labels.count(label) for label in labels]
+    assert len(set(weights)) > 1
+    mask = torch.tensor([1, 0, 0, 1, 1, 0, 0, 1, 0], dtype=torch.bool)
+    distances = []
+    for i in range(9):
+        others = mask.clone()
+        others[i] = False
+        row = pool.take(torch.tensor([i]))
+        as_upper = type("Rows", (), {"batch": row})
+        distances.append(weights[i] * loss_by_hand(pool, as_upper, others, (features[0], features[0][i : i + 1])))
+    expected = 0.6 * loss_by_hand(pool, upper, mask, features) + 0.4 * sum(distances) / sum(weights)
+    assert float(engine.upper_losses(mask[None], [0])) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_pool_without_the_classes_of_the_target_cannot_judge() -> None:
+    pool, upper = make_rows(6, 1), make_rows(4, 2)
+    pool.batch["labels"], upper.batch["labels"] = torch.zeros(6, dtype=torch.int64), torch.ones(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="it has none. Use `pool_share=0`"):
+        KernelEngine(Network(), pool, upper, RIDGE, torch.Generator(), pool_share=0.5)
+
+
 def test_combinations_stand_for_the_sum_over_the_classes() -> None:
     model, pool = Network(), make_rows(6, 1)
     engine = make_engine(model, pool)

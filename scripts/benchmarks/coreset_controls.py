@@ -119,6 +119,7 @@ def weight_derivatives(
     outer_kernel: Tensor,
     outer_targets: Tensor,
     ridge: float,
+    outer_weights: Tensor | None = None,
 ) -> Tensor:
     r"""Derivative of the outer loss by the weight of every sample of the pool, those without weight included.
 
@@ -134,13 +135,15 @@ def weight_derivatives(
         outer_kernel: Of the outer samples with the pool, (m, n).
         outer_targets: (m, c).
         ridge: Positive.
+        outer_weights: Of the outer samples in the mean, (m,), summing to 1; alike if None.
 
     Returns:
         (n,).
     """
     columns = kernel[:, ids]
     coefficients, factor = fit_ridge(columns[ids], targets[ids], weights, ridge)
-    outer_residuals = (outer_kernel[:, ids] @ coefficients - outer_targets) / len(outer_targets)
+    shares = torch.full((len(outer_targets),), 1 / len(outer_targets)) if outer_weights is None else outer_weights
+    outer_residuals = (outer_kernel[:, ids] @ coefficients - outer_targets) * shares.to(outer_kernel)[:, None]
     pulled = outer_kernel.T @ outer_residuals
     root = weights.sqrt()[:, None]
     explained = columns @ (root * torch.cholesky_solve(root * pulled[ids], factor))
@@ -157,6 +160,7 @@ def greedy(
     ridge: float = 1e-2,
     weight_steps: int = 5,
     learning_rate: float = 0.05,
+    outer_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Add the sample whose weight would lower the outer loss fastest, then improve the weights of all chosen.
 
@@ -173,6 +177,7 @@ def greedy(
         ridge: Strength of the regularisation.
         weight_steps: After every addition.
         learning_rate: Of these steps.
+        outer_weights: Of the target samples in the outer loss, (m,), summing to 1; alike if None.
 
     Returns:
         The ids, (size,), and their weights.
@@ -185,14 +190,14 @@ def greedy(
 
     ids, weights = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64)
     for _ in range(size):
-        slopes = weight_derivatives(kernel, targets, ids, weights, outer_kernel, outer_targets, ridge)
+        slopes = weight_derivatives(kernel, targets, ids, weights, outer_kernel, outer_targets, ridge, outer_weights)
         ids = torch.cat([ids, slopes.index_fill(0, ids, math.inf).argmin()[None]])
         weights = F.pad(weights, (0, 1), value=1.0)
         own_kernel, own_outer_kernel, everyone = kernel[ids][:, ids], outer_kernel[:, ids], torch.arange(len(ids))
         optimizer = torch.optim.Adam([weights], lr=learning_rate)
         for _ in range(weight_steps):
             weights.grad = weight_derivatives(
-                own_kernel, targets[ids], everyone, weights, own_outer_kernel, outer_targets, ridge
+                own_kernel, targets[ids], everyone, weights, own_outer_kernel, outer_targets, ridge, outer_weights
             )
             optimizer.step()
             weights.clamp_(min=0)

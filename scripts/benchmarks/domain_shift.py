@@ -22,6 +22,10 @@ runs of `all`, and tells what a run stopped there gives, not one planned for so 
 forward pass of as many rows as the candidates for 1, one with a backward pass for 3. That is generous to passes without gradients
 where only some layers are trained; `seconds` shows by how much.
 
+Rules of other libraries are arms that only run when named: `interval` trains on rows with the highest losses of the whole pool, chosen
+anew as often as BLADE synchronises; `gradient` on the candidates whose gradients point the way of a target batch's (`peer_rules.py`);
+`masoba` is BROS in full space by double backward. Differentiating a pass again is not counted.
+
 Other settings of BLADE, one change at a time, are arms as well and only run when named (`--trials` names them all); `published` has
 the paper's five synchronisations, K / T = 0.3 and penalty 1. They go into a file of their own.
 
@@ -50,6 +54,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # scripts/
 
 import torch
 from installed_text import installed_text
+from peer_rules import GradientProductTrainer, IntervalTrainer
 from peft import LoraConfig, PeftModel, get_peft_model
 from report import mean_and_std, print_table, write_report
 from smollm2 import smollm2
@@ -81,7 +86,8 @@ TRIALS: dict[str, dict[str, float | str]] = {
     "blade ratio=0.3": {"selection_ratio": 0.3},
     "blade target_batch=4": {"target_batch_size": 4},
 }
-ALL_ARMS = (*ARMS, *TRIALS)
+PEERS = ("interval", "gradient", "masoba")
+ALL_ARMS = (*ARMS, *PEERS, *TRIALS)
 CONTROLS = ("all", "random", "static")
 TARGET = "manual"
 NUM_POOL = {TARGET: 256, "scrape": 160, "licence": 96, "readme": 96, "stubs": 96, "code": 64}
@@ -288,9 +294,15 @@ def run_arm(arm: str, task: Task, keep: Path | None) -> dict:
         granularity = "sample" if arm == "blade_sample" else "token"
         config = blade_config({**BLADE, **TRIALS.get(arm, {})}, granularity, task.steps)
         trainer = BladeTrainer(**common, target_dataset=task.target, bilevel_config=config)
-    elif arm == "bros":
+    elif arm == "interval":
+        interval = -(-task.steps // BLADE["num_synchronisations"])
+        trainer = IntervalTrainer(RATIO, interval, **common)
+    elif arm == "gradient":
+        trainer = GradientProductTrainer(RATIO, task.target, **common)
+    elif arm in ("bros", "masoba"):
+        full = {"rank": "full", "hessian_action": "double_backward"} if arm == "masoba" else {}
         config = BrosConfig(
-            upper_variable="domain", domain_column="domain", upper_learning_rate=UPPER_DISTANCE / task.steps
+            upper_variable="domain", domain_column="domain", upper_learning_rate=UPPER_DISTANCE / task.steps, **full
         )
         trainer = BrosTrainer(**common, target_dataset=task.target, bilevel_config=config)
     else:
@@ -306,6 +318,8 @@ def run_arm(arm: str, task: Task, keep: Path | None) -> dict:
     if isinstance(trainer, BladeTrainer):
         selected = trainer.sample_tally.state_dict()["selected"]
         row["off_target_share"] = float(selected[off].sum() / selected.sum())
+    elif isinstance(trainer, IntervalTrainer):
+        row["off_target_share"] = float(trainer.num_times_chosen[off].sum() / trainer.num_times_chosen.sum())
     elif isinstance(trainer, BrosTrainer):
         weights = trainer.sample_weights.weights
         row["off_target_share"] = float(weights[off].sum() / weights.sum())

@@ -9,13 +9,16 @@ from hf_bilevel.core.coreset import CoresetProbabilities, sample_masks, top_mask
 from hf_bilevel.core.kernel_ridge import KernelRidge
 
 
-def make_problem(num: int = 7, num_upper: int = 5, rank: int = 4, ridge: float = 0.3):
+def make_problem(num: int = 7, num_upper: int = 5, rank: int = 4, ridge: float = 0.3, pool_share: float = 0.0):
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(num, rank, generator=generator, dtype=torch.float64)
     upper = torch.randn(num_upper, rank, generator=generator, dtype=torch.float64)
     targets = torch.randn(num, 3, generator=generator, dtype=torch.float64)
     upper_targets = torch.randn(num_upper, 3, generator=generator, dtype=torch.float64)
-    problem = KernelRidge(features @ features.T, targets, upper @ features.T, upper_targets, ridge)
+    weights = torch.rand(num, generator=generator, dtype=torch.float64)
+    problem = KernelRidge(
+        features @ features.T, targets, upper @ features.T, upper_targets, ridge, pool_share, weights
+    )
 
     def loss(mask: torch.Tensor) -> float:
         """Ridge regression on the features themselves, without any kernel."""
@@ -32,6 +35,30 @@ def all_masks(num: int) -> torch.Tensor:
 
 def test_every_mask_has_the_loss_of_ridge_regression_and_the_differences_of_fitting_again() -> None:
     problem, loss = make_problem()
+    for mask in all_masks(7):
+        found, differences = problem.loss_and_differences(mask)
+        assert float(found) == pytest.approx(loss(mask), rel=1e-9)
+        for i in range(7):
+            without, with_it = mask.clone(), mask.clone()
+            without[i], with_it[i] = False, True
+            assert float(differences[i]) == pytest.approx(loss(with_it) - loss(without), rel=1e-8, abs=1e-10)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.3])
+def test_a_pool_share_judges_every_sample_by_what_the_others_say(share: float) -> None:
+    problem, of_upper = make_problem(pool_share=share)
+    kernel, targets, weights = problem._kernel, problem._targets, problem._weights
+
+    def loss(mask: torch.Tensor) -> float:
+        distances = []
+        for i in range(7):
+            others = mask.clone()
+            others[i] = False
+            a = kernel[others][:, others] + 0.3 * torch.eye(int(others.sum()), dtype=torch.float64)
+            said = kernel[i, others] @ torch.linalg.solve(a, targets[others])
+            distances.append(weights[i] * (said - targets[i]).square().sum())
+        return (1 - share) * of_upper(mask) + share * float(torch.stack(distances).mean())
+
     for mask in all_masks(7):
         found, differences = problem.loss_and_differences(mask)
         assert float(found) == pytest.approx(loss(mask), rel=1e-9)
@@ -73,7 +100,7 @@ def test_searching_with_the_differences_finds_one_of_the_two_best_of_84_subsets(
     assert loss(top_mask(search.probabilities, 3)) <= losses[1] + 1e-12 and losses[1] < 0.6 * losses[42]
 
 
-@pytest.mark.parametrize("wrong", ["kernel", "targets", "upper", "ridge"])
+@pytest.mark.parametrize("wrong", ["kernel", "targets", "upper", "ridge", "pool_share"])
 def test_shapes_and_ridge_are_checked(wrong: str) -> None:
     kernel, targets = torch.eye(3), torch.ones(3, 2)
     arguments = {"kernel": kernel, "targets": targets, "upper_kernel": kernel, "upper_targets": targets, "ridge": 0.1}
@@ -82,6 +109,8 @@ def test_shapes_and_ridge_are_checked(wrong: str) -> None:
         "targets": {"targets": targets[:2]},
         "upper": {"upper_targets": targets[:1]},
         "ridge": {"ridge": 0.0},
+        "pool_share": {"pool_share": 1.5},
     }
-    with pytest.raises(ValueError, match="must be positive" if wrong == "ridge" else "need targets"):
+    messages = {"ridge": "must be positive", "pool_share": r"must be in \[0, 1\]"}
+    with pytest.raises(ValueError, match=messages.get(wrong, "need targets")):
         KernelRidge(**{**arguments, **changes[wrong]})

@@ -125,6 +125,19 @@ def test_the_kernel_leaves_wrong_labels_out(tmp_path: Path) -> None:
         assert subset.facts["metrics"]["upper_loss"] < 0.6 * controls
 
 
+def test_the_pool_can_judge_beside_the_target(tmp_path: Path) -> None:
+    pool, target = make_points(40, seed=3, wrong=0.2), make_points(6, seed=2)
+    config = {"size": 8, "outer_steps": 20, "num_masks": 2, "engine": "kernel", "pool_share": 0.5}
+    trainer = points_trainer(tmp_path, pool, config, target_dataset=target)
+    subset = trainer.search()
+    mask = torch.zeros(1, 40, dtype=torch.bool).index_fill(1, subset.ids, True)
+    with trainer._engine() as engine:
+        assert engine._problem.pool_share == 0.5
+        found = float(engine.upper_losses(mask, [0]))
+    assert subset.facts["metrics"]["upper_loss"] == pytest.approx(found, rel=1e-6)
+    assert "the target dataset and, to 50 %, the pool" in trainer._method_section().about
+
+
 def test_the_kernel_takes_one_step_by_hand(tmp_path: Path) -> None:
     pool, target = make_points(20, seed=3, wrong=0.3), make_points(10, seed=2)
     config = {"size": 6, "outer_steps": 1, "num_masks": 3, "engine": "kernel", "ridge": 0.3}
@@ -418,6 +431,7 @@ def test_batch_statistics_need_the_sequential_engine(tmp_path: Path) -> None:
             "nothing is trained: `inner_steps`, `num_upper_rows`",
         ),
         ({"ridge": 0.5}, "only `engine='kernel'` fits a regression: `ridge`"),
+        ({"engine": "kernel", "pool_share": 0.5}, "Ignored: `pool_share`. Without `target_dataset`"),
     ],
 )
 def test_settings_of_another_engine_are_warned_about(settings: dict, message: str, tmp_path: Path) -> None:
@@ -597,6 +611,7 @@ def test_a_search_whose_trainings_all_diverge_ends(tmp_path: Path) -> None:
         ({"inner_batch_size": 0}, "`inner_batch_size` must be at least 1"),
         ({"num_upper_rows": 0}, "`num_upper_rows` must be at least 1"),
         ({"num_final_masks": -1}, "`num_final_masks` must not be negative"),
+        ({"pool_share": 1.0}, r"`pool_share` must be in \[0, 1\), got 1.0. For the pool alone"),
         ({"upper_learning_rate": 0.0}, "`upper_learning_rate` must be positive"),
         ({"inner_learning_rate": math.inf}, "`inner_learning_rate` must be positive and finite"),
         ({"inner_optimizer": "adamw"}, "`inner_optimizer` must be one of adam, sgd"),
