@@ -82,12 +82,11 @@ def eager_attention(model: nn.Module) -> Iterator[None]:
             configs[key]._attn_implementation = chosen[key]
 
 
-class SequentialEngine:
-    """Train on one mask after another, with ordinary steps on the model itself; for any model.
+@dataclass(frozen=True)
+class InnerProblem:
+    """What is trained on the rows of a mask, and what it is judged on.
 
-    The weights and buffers of the model are as they were when ``restored`` ends.
-
-    Args:
+    Attributes:
         model: What is trained; it is moved nowhere. Parameters without ``requires_grad`` stay as they are.
         losses: Losses of a batch's units, (model, batch) -> ``UnitLosses`` at sample level.
         pool: Rows that masks index.
@@ -95,25 +94,33 @@ class SequentialEngine:
         upper: Rows that the upper loss is measured on.
         upper_batch_size: Rows of one forward pass of the upper loss.
         autocast: Makes a context for mixed precision.
+    """
+
+    model: nn.Module
+    losses: Callable[[nn.Module, Any], UnitLosses]
+    pool: CollatedRows
+    training: InnerTraining
+    upper: CollatedRows
+    upper_batch_size: int
+    autocast: Callable[[], AbstractContextManager] = nullcontext
+
+
+class SequentialEngine:
+    """Train on one mask after another, with ordinary steps on the model itself; for any model.
+
+    The weights and buffers of the model are as they were when ``restored`` ends.
+
+    Args:
+        problem: Model, rows and training.
 
     Cost: for every mask ``num_steps`` forward and backward passes of its rows and a forward pass of the upper rows. Memory: the
     model, its initialisation, and gradients and optimizer state of what is trained.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        losses: Callable[[nn.Module, Any], UnitLosses],
-        pool: CollatedRows,
-        training: InnerTraining,
-        upper: CollatedRows,
-        upper_batch_size: int,
-        autocast: Callable[[], AbstractContextManager] = nullcontext,
-    ) -> None:
-        self.model, self.losses, self.pool, self.training = model, losses, pool, training
-        self.upper, self.upper_batch_size, self.autocast = upper, upper_batch_size, autocast
-        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._state = [*self._trained, *model.buffers()]
+    def __init__(self, problem: InnerProblem) -> None:
+        self.problem, self.model, self.upper = problem, problem.model, problem.upper
+        self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._state = [*self._trained, *self.model.buffers()]
         self._initial = [tensor.detach().clone() for tensor in self._state]
 
     @torch.no_grad()
@@ -158,13 +165,13 @@ class SequentialEngine:
             return self._measure(upper_rows)
 
     def _train(self, rows: Tensor, generator: torch.Generator) -> None:
-        batches = self.training.schedule(rows, generator)
-        whole = self.pool.take(batches[0]) if self.training.batch_size is None else None
-        optimizer = OPTIMIZERS[self.training.optimizer](self._trained, lr=self.training.learning_rate)
-        for step in range(self.training.num_steps):
-            batch = self.pool.take(batches[step]) if whole is None else whole
-            with self.autocast():
-                loss = self.losses(self.model, batch).mean()
+        batches = self.problem.training.schedule(rows, generator)
+        whole = self.problem.pool.take(batches[0]) if self.problem.training.batch_size is None else None
+        optimizer = OPTIMIZERS[self.problem.training.optimizer](self._trained, lr=self.problem.training.learning_rate)
+        for step in range(self.problem.training.num_steps):
+            batch = self.problem.pool.take(batches[step]) if whole is None else whole
+            with self.problem.autocast():
+                loss = self.problem.losses(self.model, batch).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -172,9 +179,9 @@ class SequentialEngine:
     @torch.no_grad()
     def _measure(self, rows: Tensor) -> Tensor:
         total, count = 0.0, 0
-        with evaluating(self.model), self.autocast():
-            for chunk in rows.split(self.upper_batch_size):
-                units = self.losses(self.model, self.upper.take(chunk))
+        with evaluating(self.model), self.problem.autocast():
+            for chunk in rows.split(self.problem.upper_batch_size):
+                units = self.problem.losses(self.model, self.upper.take(chunk))
                 total = total + torch.where(units.valid, units.losses * units.counts, 0.0).sum(dtype=torch.float64)
                 count = count + units.counts.sum()
         return (total / count).cpu()
@@ -201,13 +208,8 @@ class BatchedEngine:
     so that stacked trainings do not mix. One that diverges takes no other with it.
 
     Args:
-        model: As for ``SequentialEngine``; without batch statistics, which would be shared between the masks.
-        losses: As there.
-        pool: As there; a flat dict of tensors.
-        training: As there.
-        upper: As there.
-        upper_batch_size: As there.
-        autocast: As there.
+        problem: As for ``SequentialEngine``; a model without batch statistics, which would be shared between the masks, and a
+            pool that is a flat dict of tensors.
 
     Raises:
         ValueError: If the model has batch statistics, or ``vmap`` cannot take the model.
@@ -215,24 +217,14 @@ class BatchedEngine:
     Cost: as there, in 1 / C as many passes, each C times as large. Memory: C times that of one training.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        losses: Callable[[nn.Module, Any], UnitLosses],
-        pool: CollatedRows,
-        training: InnerTraining,
-        upper: CollatedRows,
-        upper_batch_size: int,
-        autocast: Callable[[], AbstractContextManager] = nullcontext,
-    ) -> None:
-        batch_norms = [name for name, module in model.named_modules() if isinstance(module, _BATCH_NORMS)]
+    def __init__(self, problem: InnerProblem) -> None:
+        batch_norms = [name for name, module in problem.model.named_modules() if isinstance(module, _BATCH_NORMS)]
         if batch_norms:
             raise ValueError(
-                f"`{type(model).__name__}` has batch statistics (`{batch_norms[0]}`), which trainings that run as one would "
+                f"`{type(problem.model).__name__}` has batch statistics (`{batch_norms[0]}`), which trainings that run as one would "
                 "share. Use `engine='sequential'`, or a model with group or layer normalisation."
             )
-        self.model, self.pool, self.training = _UnitLossesOf(model, losses), pool, training
-        self.upper, self.upper_batch_size, self.autocast = upper, upper_batch_size, autocast
+        self.problem, self.model, self.upper = problem, _UnitLossesOf(problem.model, problem.losses), problem.upper
         self._initial = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
         self._fixed = {
             n: t.detach()
@@ -247,8 +239,8 @@ class BatchedEngine:
                 # Where vmap knows no rule for an operation it runs a loop over the masks and says so.
                 warnings.filterwarnings("error", message="There is a performance drop")
                 stacked = {n: v.repeat(2, *[1] * v.ndim).requires_grad_() for n, v in self._initial.items()}
-                batch = _stack(self.pool.take(torch.zeros(4, dtype=torch.int64)), 2)
-                with self.autocast():
+                batch = _stack(self.problem.pool.take(torch.zeros(4, dtype=torch.int64)), 2)
+                with self.problem.autocast():
                     losses, _ = self._losses(stacked, batch, 0)
                 losses.sum().backward()
         except (RuntimeError, ValueError, TypeError, AttributeError, UserWarning) as error:
@@ -296,19 +288,21 @@ class BatchedEngine:
             for name, value in self._initial.items()
         }
         schedules = [
-            self.training.schedule(mask.nonzero().flatten(), torch.Generator().manual_seed(seed))
+            self.problem.training.schedule(mask.nonzero().flatten(), torch.Generator().manual_seed(seed))
             for mask, seed in zip(masks, seeds, strict=True)
         ]
         # Padded with a row of the mask's own: a broken row of the pool must not reach those that do not hold it.
         width = max(schedule.shape[1] for schedule in schedules)
         rows = torch.stack([torch.cat([s, s[:, :1].expand(-1, width - s.shape[1])], 1) for s in schedules], 1)
         weights = torch.stack([torch.arange(width) < schedule.shape[1] for schedule in schedules]).to(self._device)
-        optimizer = OPTIMIZERS[self.training.optimizer](list(parameters.values()), lr=self.training.learning_rate)
+        optimizer = OPTIMIZERS[self.problem.training.optimizer](
+            list(parameters.values()), lr=self.problem.training.learning_rate
+        )
         batch = None
-        for step in range(self.training.num_steps):
-            if batch is None or self.training.batch_size is not None:
-                batch = _stack(self.pool.take(rows[step].flatten()), len(masks))
-            with self.autocast():
+        for step in range(self.problem.training.num_steps):
+            if batch is None or self.problem.training.batch_size is not None:
+                batch = _stack(self.problem.pool.take(rows[step].flatten()), len(masks))
+            with self.problem.autocast():
                 losses, counts = self._losses(parameters, batch, 0)
             counts = counts * weights
             means = torch.where(counts > 0, losses * counts, 0.0).sum(1) / counts.sum(1).clamp(min=1)
@@ -320,8 +314,8 @@ class BatchedEngine:
     @torch.no_grad()
     def _measure(self, parameters: dict[str, Tensor], rows: Tensor) -> Tensor:
         total, count = 0.0, 0
-        with evaluating(self.model), self.autocast():
-            for chunk in rows.split(self.upper_batch_size):
+        with evaluating(self.model), self.problem.autocast():
+            for chunk in rows.split(self.problem.upper_batch_size):
                 losses, counts = self._losses(parameters, self.upper.take(chunk), None)
                 total = total + torch.where(counts > 0, losses * counts, 0.0).sum(1, dtype=torch.float64)
                 count = count + counts.sum(1)

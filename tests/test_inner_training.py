@@ -10,7 +10,7 @@ from torch import nn
 from transformers import default_data_collator
 
 from hf_bilevel.data import CollatedRows
-from hf_bilevel.inner_training import BatchedEngine, InnerTraining, SequentialEngine, stacking_pays
+from hf_bilevel.inner_training import BatchedEngine, InnerProblem, InnerTraining, SequentialEngine, stacking_pays
 from hf_bilevel.losses import UnitLosses, unit_losses
 
 NUM_POOL = 12
@@ -38,7 +38,8 @@ def make_rows(num: int, seed: int) -> CollatedRows:
 
 def make_engine(kind: type, training: InnerTraining, model: nn.Module | None = None, upper_batch_size: int = 4) -> Any:
     model = make_network() if model is None else model
-    return kind(model, network_losses, make_rows(NUM_POOL, 1), training, make_rows(10, 2), upper_batch_size)
+    rows = make_rows(NUM_POOL, 1), training, make_rows(10, 2), upper_batch_size
+    return kind(InnerProblem(model, network_losses, *rows))
 
 
 def make_masks() -> torch.Tensor:
@@ -128,7 +129,8 @@ def test_weights_are_restored_when_a_training_fails():
             raise RuntimeError("out of memory")
         return network_losses(model, batch)
 
-    engine = SequentialEngine(model, losses, make_rows(NUM_POOL, 1), InnerTraining(9, None, 0.1), make_rows(3, 2), 4)
+    rows = make_rows(NUM_POOL, 1), InnerTraining(9, None, 0.1), make_rows(3, 2), 4
+    engine = SequentialEngine(InnerProblem(model, losses, *rows))
     with pytest.raises(RuntimeError, match="out of memory"), engine.restored():
         engine.upper_losses(make_masks(), [0, 1, 2, 3])
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
@@ -169,7 +171,8 @@ def test_a_training_that_diverges_takes_no_other_with_it(kind):
     for broken in (0.0, torch.inf):
         pool = make_rows(NUM_POOL, 1)
         pool.batch["x"][[3, 9]] += broken  # masks 0 and 3 hold one of them
-        engine = kind(make_network(), network_losses, pool, InnerTraining(3, None, 0.05), make_rows(10, 2), 4)
+        rows = pool, InnerTraining(3, None, 0.05), make_rows(10, 2), 4
+        engine = kind(InnerProblem(make_network(), network_losses, *rows))
         results.append(engine.upper_losses(make_masks(), [0, 1, 2, 3]))
     intact, result = results
     assert result.isfinite().tolist() == [False, True, True, False]
@@ -194,9 +197,9 @@ def test_passes_are_those_of_the_docstring():
         return network_losses(model, batch)
 
     parts = (make_rows(NUM_POOL, 1), InnerTraining(3, None, 0.05), make_rows(10, 2), 4)
-    SequentialEngine(make_network(), losses, *parts).upper_losses(make_masks()[:2], [0, 1])
+    SequentialEngine(InnerProblem(make_network(), losses, *parts)).upper_losses(make_masks()[:2], [0, 1])
     assert counts == {"forward": 2 * (3 + 3), "rows": 3 * (5 + 2) + 2 * 10}
-    engine = BatchedEngine(make_network(), losses, *parts)
+    engine = BatchedEngine(InnerProblem(make_network(), losses, *parts))
     counts.update(forward=0)
     engine.upper_losses(make_masks()[:2], [0, 1])
     assert counts["forward"] == 3 + 3
@@ -224,7 +227,7 @@ def test_engines_agree_on_real_architectures(name, dropout):
     for kind in ENGINES:
         model = make_model(name, dropout=dropout if kind is BatchedEngine else 0.0)
         attention = model.config._attn_implementation
-        engine = kind(model, losses, rows, training, rows, 4)
+        engine = kind(InnerProblem(model, losses, rows, training, rows, 4))
         with engine.restored():
             results.append(engine.upper_losses(masks, [1, 2, 3]))
         assert model.config._attn_implementation == attention

@@ -36,7 +36,14 @@ from hf_bilevel.core.coreset import (
 )
 from hf_bilevel.core.selection import num_selected
 from hf_bilevel.data import CollatedRows, derive_seed, private_randomness
-from hf_bilevel.inner_training import OPTIMIZERS, BatchedEngine, InnerTraining, SequentialEngine, stacking_pays
+from hf_bilevel.inner_training import (
+    OPTIMIZERS,
+    BatchedEngine,
+    InnerProblem,
+    InnerTraining,
+    SequentialEngine,
+    stacking_pays,
+)
 from hf_bilevel.losses import UnitLosses, find_head, unit_losses, unsupported_head
 from hf_bilevel.plots import domain_shares, kept_against_dropped, montage, upper_losses_over_search
 from hf_bilevel.subset import SelectedSubset
@@ -475,33 +482,33 @@ class CoresetMixin(BilevelMixin):
                 model, batch, "sample", label_smoothing=smoothing, compute_sample_losses=self.compute_sample_losses
             )
 
-        parts = {
-            "model": model,
-            "losses": losses,
-            "pool": rows["pool"],
-            "training": InnerTraining(
+        problem = InnerProblem(
+            model=model,
+            losses=losses,
+            pool=rows["pool"],
+            training=InnerTraining(
                 config.inner_steps, config.inner_batch_size, self._inner_learning_rate, config.inner_optimizer
             ),
-            "upper": upper,
-            "upper_batch_size": config.target_batch_size or 256,
-            "autocast": self.accelerator.autocast if self.args.bf16 else nullcontext,
-        }
+            upper=upper,
+            upper_batch_size=config.target_batch_size or 256,
+            autocast=self.accelerator.autocast if self.args.bf16 else nullcontext,
+        )
         with private_randomness(derive_seed(self._seed), self.args.device):
-            engine = self._choose_engine(parts)
+            engine = self._choose_engine(problem)
             with engine.restored():
                 yield engine
 
-    def _choose_engine(self, parts: dict[str, Any]) -> Engine:
+    def _choose_engine(self, problem: InnerProblem) -> Engine:
         kind = self.bilevel_config.engine
-        if kind == "sequential" or kind == "auto" and not stacking_pays(parts["model"], self.args.device):
-            return SequentialEngine(**parts)
+        if kind == "sequential" or kind == "auto" and not stacking_pays(problem.model, self.args.device):
+            return SequentialEngine(problem)
         try:
-            return BatchedEngine(**parts)
+            return BatchedEngine(problem)
         except ValueError as error:
             if kind == "batched":
                 raise
             logger.info("Searching with the sequential engine: %s", error)
-            return SequentialEngine(**parts)
+            return SequentialEngine(problem)
 
     def _synchronise_model(self) -> None:
         """Give all processes the weights of the first: nothing has wrapped the model yet."""

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from hf_bilevel.core.coreset import uniform_masks
 from hf_bilevel.core.projections import projection_capped_simplex
 from hf_bilevel.data import CollatedRows
-from hf_bilevel.inner_training import BatchedEngine, InnerTraining, SequentialEngine
+from hf_bilevel.inner_training import BatchedEngine, InnerProblem, InnerTraining, SequentialEngine
 from hf_bilevel.losses import UnitLosses, unit_losses
 
 NETS = ("mlp", "cheap", "conv")
@@ -77,15 +77,8 @@ def measure_net(name: str, num_steps: int, rounds: int, device: str) -> list[dic
     pool = CollatedRows(rows, collate, torch.device(device), seed=0)
     torch.manual_seed(0)
     net = coreset.make_net(name).to(device)
-    parts = {
-        "model": net,
-        "losses": losses_of,
-        "pool": pool,
-        "training": InnerTraining(num_steps, None, LEARNING_RATE),
-        "upper": pool,
-        "upper_batch_size": 256,
-    }
-    engines = {"sequential": SequentialEngine(**parts), "batched": BatchedEngine(**parts)}
+    problem = InnerProblem(net, losses_of, pool, InnerTraining(num_steps, None, LEARNING_RATE), pool, 256)
+    engines = {"sequential": SequentialEngine(problem), "batched": BatchedEngine(problem)}
     masks = uniform_masks(NUM_POOL, SIZE, NUM_MASKS, torch.Generator().manual_seed(0))
     found = []
     for number in range(rounds + 1):

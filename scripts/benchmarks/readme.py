@@ -92,6 +92,7 @@ CORESET_TASKS = {
 }
 CORESET_ARMS = {
     "pbcs": "**CoresetTrainer**",
+    "pbcs_both": "**... judged on the pool too** (`pool_share=0.5`)",
     "pbcs_at_size": "CoresetTrainer, its search begun at the size",
     "pbcs_trained": "CoresetTrainer, training a small network for each mask",
     "uniform": "uniform",
@@ -102,6 +103,7 @@ CORESET_ARMS = {
     "herding": "herding",
     "hardest": "hardest",
     "greedy": "greedy bilevel (Borsos et al.)",
+    "greedy_both": "... judged on the pool too",
     "variance": "highest variance",
     "mutual_information": "highest mutual information",
     "target": "the clean target rows alone",
@@ -118,6 +120,26 @@ SHIFT_ARMS = {
     "blade_sample": "BLADE, rows",
     "bros": "BROS, a weight for each domain",
     "mixture": "MixtureTrainer",
+    "gradient": "rows with the gradients of the target (GREATS)",
+    "interval": "rows with the highest losses of the pool (DataFlex)",
+    "masoba": "MA-SOBA, a weight for each domain",
+}
+SHIFT_CONCLUSION = "TODO"
+QUALITIES = {"last": "its last weights", "best": "the best that it shows on the way"}
+PROFILED = {
+    "plain": "`Trainer`",
+    "blade_token": "BLADE, tokens",
+    "blade_sample": "BLADE, rows",
+    "bros": "BROS",
+    "bros_every5": "BROS, `update_every=5`",
+    "masoba": "MA-SOBA",
+}
+SCALED = {
+    "tally": "BLADE: what was offered and selected",
+    "weights": "BROS: the table of weights",
+    "search": "CoresetTrainer: the probabilities",
+    "order": "for comparison: the order of an epoch",
+    "mixture": "MixtureTrainer: domains",
 }
 ESTIMATORS = {"naive": "naive (biased)", "bi_probe": "bi-probe", "two_sided": "two-sided", "one_sided": "one-sided"}
 
@@ -181,19 +203,11 @@ def noisy_labels() -> str:
     return "\n".join(lines)
 
 
-def domain_shift() -> str:
-    report = load("domain_shift")
-    summary, config = report["summary"], report["config"]
+def shift_table(report: dict) -> list[str]:
+    summary = report["summary"]
     seeds = {arm: len([row for row in report["rows"] if row["arm"] == arm]) for arm in SHIFT_ARMS}
     most = max(seeds.values())
-    off = 1 - config["num_pool"][config["target"]] / sum(config["num_pool"].values())
     lines = [
-        f"SmolLM2-135M goes on with text, by LoRA in its last {config['trained_layers']} layers, {config['steps']} steps of "
-        f"{config['candidates']} rows of {config['row_length']} tokens. {100 * off:.0f} % of the pool is off target or damaged (licences, "
-        "code, a scrape with shuffled or repeated words); the target is the language reference of Python, "
-        f"{config['num_target']} rows of it the target dataset. Perplexity on held-out rows of it, mean ± standard deviation over {most} "
-        "seeds; differences of the log-perplexity are paired by seed.",
-        "",
         "| | perplexity, same steps | log less all tokens | less static reference | off target among the trained | forward-equivalents | "
         "perplexity at those of all tokens |",
         "|---|---|---|---|---|---|---|",
@@ -207,16 +221,29 @@ def domain_shift() -> str:
         cells += [plus_minus(summary, f"log_ratio/{arm}_over_{control}", digits=3) for control in ("all", "static")]
         cells += [share, f"{summary[f'cost/{arm}']:.2f}", plus_minus(summary, f"perplexity_same_cost/{arm}", digits=2)]
         lines.append(f"| {title}{fewer} | {' | '.join(cells)} |")
-    lines += [
+    return lines
+
+
+def domain_shift() -> str:
+    report = load("domain_shift_small_target")
+    config, num_seeds = report["config"], len({row["seed"] for row in report["rows"]})
+    off = 1 - config["num_pool"][config["target"]] / sum(config["num_pool"].values())
+    lines = [
+        f"SmolLM2-135M goes on with text, by LoRA in its last {config['trained_layers']} layers, {config['steps']} steps of "
+        f"{config['candidates']} rows of {config['row_length']} tokens. {100 * off:.0f} % of the pool is off target or damaged (licences, "
+        "code, a scrape with shuffled or repeated words); the target is the language reference of Python, and the target dataset has "
+        f"{config['num_target']} rows of it, too few to train on. Perplexity on held-out rows of it, mean ± standard deviation over "
+        f"{num_seeds} seeds; differences of the log-perplexity are paired by seed.",
         "",
-        "At the same steps BLADE is below all tokens, random tokens and the static reference. It is not what to do here: the target dataset "
-        "is as large as so short a run needs, and the plain Trainer on it alone is far ahead; `MixtureTrainer` moves its shares there "
-        "and costs less. Selection is meant for targets of which there is not enough. At the forward-equivalents of all tokens none that trains on the "
-        "pool wins, since they cost more a step and make fewer; the learning rate is constant, so the last column is the same run, "
-        "stopped earlier. BLADE's settings were chosen on seed 0. From `scripts/benchmarks/results/domain_shift.json`; "
-        "[what else was tried](scripts/benchmarks/README.md#domain-shift-what-was-tried-for-blade).",
+        *shift_table(report),
+        "",
+        SHIFT_CONCLUSION,
     ]
     return "\n".join(lines)
+
+
+def large_target() -> str:
+    return "\n".join(shift_table(load("domain_shift")))
 
 
 def trials() -> str:
@@ -270,6 +297,49 @@ def overhead() -> str:
         f"Scoring 8 × 1,024 tokens at a vocabulary of 49,152 takes {100 * memory['scoring_over_naive']:.0f} % of the peak "
         "memory of computing all logits. From `overhead.json` and `memory.json` beside.",
     ]
+    return "\n".join(lines)
+
+
+def time_to_quality() -> str:
+    report = load("time_to_quality")
+    summary, seeds = report["summary"], report["config"]["seeds"]
+    lines = [
+        "| | last accuracy, in % | cost of its whole run | "
+        + " | ".join(f"cost until all data's {name}" for name in ("last accuracy", "best accuracy"))
+        + " |",
+        "|---|---|---|---|---|",
+    ]
+    for arm in ("all", "random", "loss", "static", "blade"):
+        cells = [plus_minus(summary, f"accuracy/{arm}", 100), f"{summary[f'whole_run/passes/{arm}']:.2f}"]
+        for quality in QUALITIES:
+            reached = summary[f"{quality}/reached/{arm}"]
+            few = "" if reached == seeds else f" ({reached} of {seeds} seeds)"
+            cells.append(plus_minus(summary, f"{quality}/passes/{arm}", digits=2) + few if reached else "never")
+        lines.append(f"| {NOISY_ARMS[arm]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def profiles() -> str:
+    report = load("profile_steps")
+    summary, rows = report["summary"], report["rows"]
+    kinds = list(rows[0]["microseconds"])
+    lines = [f"| | {' | '.join(kinds)} | sum | limit |", f"|---|{'---|' * (len(kinds) + 2)}"]
+    for row in rows:
+        key = f"{row['model']}/{row['arm']}"
+        cells = [f"{summary[f'{kind}/{key}']:.2f}" for kind in (*kinds, "operators", "limit")]
+        lines.append(
+            f"| {'ViT' if row['model'] == 'vit' else 'Llama'}, {PROFILED[row['arm']]} | {' | '.join(cells)} |"
+        )
+    return "\n".join(lines)
+
+
+def scale() -> str:
+    lines = ["| | rows or domains | ms a step | MB kept | MB in a checkpoint |", "|---|---|---|---|---|"]
+    for row in load("scale")["rows"]:
+        if row["part"] in SCALED:
+            sizes = [f"{row[name] / 1e6:,.1f}" if row[name] else "" for name in ("bytes", "checkpoint_bytes")]
+            cells = [f"{row['size']:,}", f"{row['milliseconds']:,.2f}", *sizes]
+            lines.append(f"| {SCALED[row['part']]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -496,8 +566,12 @@ PAGES = {
         "mixtures": mixtures,
         "coresets": coresets,
         "sweep": sweep,
+        "large_target": large_target,
         "trials": trials,
         "lm_eval": lm_eval,
+        "time_to_quality": time_to_quality,
+        "profiles": profiles,
+        "scale": scale,
     },
 }
 
