@@ -315,7 +315,7 @@ def used_columns(batch: Any, num_rows: int) -> Tensor | None:
     used = mask.bool()
     for key in ("labels", "shift_labels"):
         labels = batch.get(key)
-        if isinstance(labels, Tensor) and labels.shape == mask.shape:
+        if _has_a_column_a_token(key, labels, mask.shape):
             used = used | (labels != IGNORE_INDEX)
     used = used | ~used.any(1, keepdim=True)
     first, last = used.int().argmax(1), used.int().flip(1).argmax(1)
@@ -332,7 +332,8 @@ def without_padding(batch: Any, columns: Tensor) -> Any:
         columns: Of its rows, from ``used_columns``, on the CPU.
 
     Returns:
-        A batch of the same type; every tensor with the shape of the mask in front is cut alike.
+        A batch of the same type; every tensor with the shape of the mask in front is cut alike, but for labels that are no
+        tokens.
 
     Example:
         >>> batch = {"input_ids": torch.tensor([[5, 6, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])}
@@ -349,10 +350,16 @@ def without_padding(batch: Any, columns: Tensor) -> Any:
         return batch
     return type(batch)(
         {
-            key: entry[:, start:end] if isinstance(entry, Tensor) and entry.shape[:2] == shape else entry
+            key: entry[:, start:end] if _has_a_column_a_token(key, entry, shape) else entry
             for key, entry in batch.items()
         }
     )
+
+
+def _has_a_column_a_token(key: Any, entry: Any, shape: torch.Size) -> bool:
+    if not isinstance(entry, Tensor) or entry.shape[:2] != shape:
+        return False
+    return key != "labels" or not entry.is_floating_point()  # several labels of a row can be as many as its tokens
 
 
 def split_by_length(lengths: Tensor, width: int, min_rows: int = 8, min_saving: float = 0.1) -> list[Tensor]:

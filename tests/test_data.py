@@ -500,6 +500,17 @@ def test_long_labels_of_an_encoder_decoder_stay_whole() -> None:
     assert taken["labels"].tolist() == [[7, 8, 9]] and taken["input_ids"].tolist() == [[5, 6, 0]]
 
 
+def test_as_many_labels_as_tokens_are_not_padding() -> None:
+    """Multi-label classification with three classes and three tokens."""
+    batch = {
+        "input_ids": torch.tensor([[5, 6, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 0]]),
+        "labels": torch.ones(1, 3),
+    }
+    columns = used_columns(batch, 1)
+    assert columns.tolist() == [[0, 2]] and without_padding(batch, columns)["labels"].shape == (1, 3)
+
+
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=70), st.integers(1, 9))
 def test_rows_are_split_by_length(lengths: list[int], min_rows: int) -> None:
     width = max(lengths)
