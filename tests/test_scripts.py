@@ -82,6 +82,8 @@ def test_model_cards(script, tmp_path: Path, capsys: pytest.CaptureFixture) -> N
             "step_ratio/llama/blade_token step_ratio/vit/bros bros_over_masoba_step/llama step_ratio/vit/mixture",
         ),
         ("profile_steps", "products/llama/blade_token operators/vit/bros limit/vit/masoba"),
+        ("padding", "ratio/blade_sample columns/all_padding"),
+        ("scale", "milliseconds/tally/1000 checkpoint_bytes/mixture/10 bytes/weights/100"),
         ("memory", "scoring_over_naive bros_over_adamw/vit_s"),
         ("estimators", "relative_rms/one_sided/48 bias/naive/4"),
         ("mixture", "perplexity/blended/stratified weight/blended/penalty_5/manual"),
@@ -100,6 +102,14 @@ def test_benchmark_smoke(script, name: str, keys: str, tmp_path: Path) -> None:
     assert json.loads(output.read_text())["summary"] == report["summary"]
     assert set(keys.split()) <= set(report["summary"])
     assert {"benchmark", "date", "hardware", "versions", "config", "rows", "summary"} == set(report)
+
+
+@pytest.mark.slow
+def test_rules_of_other_libraries_smoke(script, tmp_path: Path) -> None:
+    arms = ["all", "interval", "gradient", "masoba"]
+    report = script("benchmarks/domain_shift").main(["--smoke", "--num_target", "32", "--arms", *arms])
+    assert report["config"]["num_target"] == 32 and [row["arm"] for row in report["rows"]] == arms
+    assert report["summary"]["cost/gradient"] == 2.5 and report["summary"]["cost/interval"] > 2
 
 
 @pytest.mark.slow

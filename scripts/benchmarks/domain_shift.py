@@ -397,6 +397,8 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--output", default=None, help="a file there keeps its rows of other arms and seeds")
     parser.add_argument("--keep", type=Path, default=None, help="folder for the adapters and text that no arm sees")
     options = parser.parse_args(argv)
+    if not 1 <= options.num_target <= NUM_TARGET:
+        parser.error(f"--num_target must be 1 to {NUM_TARGET}, got {options.num_target}")
     if options.trials:
         options.arms = ["base", "all", "blade", *TRIALS]
     if options.smoke:

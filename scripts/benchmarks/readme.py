@@ -333,6 +333,20 @@ def profiles() -> str:
     return "\n".join(lines)
 
 
+def padding() -> str:
+    titles = {
+        "plain": "`Trainer`, all candidates",
+        "all_padding": "BLADE by rows, with all of the padding",
+        "blade_sample": "BLADE by rows",
+    }
+    rows = {row["arm"]: row for row in load("padding")["rows"]}
+    lines = ["| | seconds, ratio to `Trainer` | range | positions that models ran on |", "|---|---|---|---|"]
+    for arm, title in titles.items():
+        ends = "{:.2f} to {:.2f}".format(*rows[arm]["ratio_range"])
+        lines.append(f"| {title} | {rows[arm]['ratio']:.2f} | {ends} | {rows[arm]['columns']:.2f} |")
+    return "\n".join(lines)
+
+
 def scale() -> str:
     lines = ["| | rows or domains | ms a step | MB kept | MB in a checkpoint |", "|---|---|---|---|---|"]
     for row in load("scale")["rows"]:
@@ -571,6 +585,7 @@ PAGES = {
         "lm_eval": lm_eval,
         "time_to_quality": time_to_quality,
         "profiles": profiles,
+        "padding": padding,
         "scale": scale,
     },
 }
