@@ -43,14 +43,15 @@ counting as much as the present one; in `streaming` the memory counts as much as
 than the paper's (Zhou et al., ICML 2022): 5,000 digits are all there are, of which 1,900 are for the test, 190 of
 each class. Settings of pbcs (ridge, initial size, learning rate of the probabilities) were compared on seeds 10 and 11
 of `clean` and `noise20`, whose digits are drawn anew from the same 5,000, by the accuracy of the final net; that the pool should judge
-too was seen on seed 10 of `noise20`, that its classes need weights on seed 1 of `imbalance50`, which is one of those reported; those of
+too was seen on seed 10 of `noise20`, how (each row by the others) on its seeds 0 and 1, that its classes need weights on seed 1 of
+`imbalance50`: these are among those reported; those of
 greedy are those with a low loss of its own on one pool. For pbcs_trained, inner steps and learning rates are where the training of one uniform draw levels off, outer
 steps what a search of a few minutes on a CPU affords.
 
 `wrong_share` is the share of wrong labels in the coreset (in the memory at the end), `imbalance` (without a stream
 of tasks) the size of its largest class over that of its smallest, a missing one counting as 1, `seconds` the time of
 the choice, without the net that embeddings come from. `gain/TASK/ARM` is the accuracy of pbcs less that of the arm,
-paired by seed.
+paired by seed, `gain_both/TASK/ARM` that of pbcs_both.
 """
 
 import argparse
@@ -794,15 +795,16 @@ def summarise(rows: list[dict]) -> dict[str, float]:
                 key = f"{kind}/{task}/{arm}"
                 summary[key], summary[f"{key}/std"] = mean_and_std(found)
     accuracies = {(row["task"], row["arm"], row["seed"]): row["accuracy"] for row in rows}
-    for task, arm in pairs:
-        gains = [
-            accuracies[task, "pbcs", seed] - accuracy
-            for (t, a, seed), accuracy in accuracies.items()
-            if (t, a) == (task, arm) and (task, "pbcs", seed) in accuracies
-        ]
-        if arm != "pbcs" and gains:
-            key = f"gain/{task}/{arm}"
-            summary[key], summary[f"{key}/std"] = mean_and_std(gains)
+    for ours, name in (("pbcs", "gain"), ("pbcs_both", "gain_both")):
+        for task, arm in pairs:
+            gains = [
+                accuracies[task, ours, seed] - accuracy
+                for (t, a, seed), accuracy in accuracies.items()
+                if (t, a) == (task, arm) and (task, ours, seed) in accuracies
+            ]
+            if arm != ours and gains:
+                key = f"{name}/{task}/{arm}"
+                summary[key], summary[f"{key}/std"] = mean_and_std(gains)
     return summary
 
 
