@@ -254,9 +254,9 @@ class CollatedRows:
 
     Example:
         >>> from transformers import default_data_collator
-        >>> items = [{"x": [1, 0], "attention_mask": [1, 0]}, {"x": [2, 3], "attention_mask": [1, 1]}]
+        >>> items = [{"input_ids": [1, 0], "attention_mask": [1, 0]}, {"input_ids": [2, 3], "attention_mask": [1, 1]}]
         >>> rows = CollatedRows(items, default_data_collator, torch.device("cpu"), seed=0)
-        >>> rows.take(torch.tensor([0, 0]))["x"], rows.take(torch.tensor([1]))["x"]
+        >>> rows.take(torch.tensor([0, 0]))["input_ids"], rows.take(torch.tensor([1]))["input_ids"]
         (tensor([[1],
                 [1]]), tensor([[2, 3]]))
     """
@@ -270,15 +270,15 @@ class CollatedRows:
                 f"The data collator returned a {type(batch).__name__}; it must return a dict of model inputs."
             )
         pick_rows(batch, [0], self._num)
-        columns = used_columns(batch, self._num)
-        self._columns = None if columns is None else columns.cpu()
+        lengths = row_lengths(batch, self._num)
+        self._lengths = None if lengths is None else lengths.cpu()
         self.batch = send_to_device(batch, device)
 
     def __len__(self) -> int:
         return self._num
 
     def take(self, indices: Tensor) -> Any:
-        """Take rows, as they would be collated alone: columns that are padding in all of them are left out.
+        """Take rows, as they would be collated alone: columns on the right that are padding in all of them are left out.
 
         Args:
             indices: On the CPU, ``(k,)``, k at least 1; rows may repeat.
@@ -287,89 +287,102 @@ class CollatedRows:
             A batch of k rows.
         """
         batch = pick_rows(self.batch, indices.tolist(), self._num)
-        return batch if self._columns is None else without_padding(batch, self._columns[indices])
+        return batch if self._lengths is None else without_padding(batch, self._lengths[indices])
 
 
-def used_columns(batch: Any, num_rows: int) -> Tensor | None:
-    """Find the columns of a padded batch that each row uses, by attending to them or for a label.
+def row_lengths(batch: Any, num_rows: int) -> Tensor | None:
+    """Find how many columns of a batch that is padded on the right each row needs, to attend to or for a label.
 
     Args:
         batch: A collated batch.
         num_rows: Rows of the batch.
 
     Returns:
-        First column and the one after the last, int64, ``(num_rows, 2)``, on the batch's device; a row that uses none has the
-        whole width. None for batches without an ``attention_mask`` of a row for each sample, and for those of an
-        encoder-decoder with its own columns (``decoder_...``).
+        int64, ``(num_rows,)``, on the batch's device; a row that uses no column has the whole width. None where columns cannot be
+        left out safely: without an ``attention_mask`` of a row for each sample, for an encoder-decoder with columns of its own
+        (``decoder_...``), and with tensors as wide as the mask of which it is not known that they are the same tokens.
 
     Example:
-        >>> used_columns({"attention_mask": torch.tensor([[1, 1, 0], [0, 1, 1]])}, 2)
-        tensor([[0, 2],
-                [1, 3]])
+        >>> row_lengths({"attention_mask": torch.tensor([[1, 1, 0], [0, 1, 1]])}, 2)
+        tensor([2, 3])
     """
     mask = batch.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.ndim != 2 or len(mask) != num_rows:
         return None
-    if any(str(key).startswith("decoder_") for key in batch):
+    others = [key for key, entry in batch.items() if _is_as_wide(entry, mask.shape) and not _is_of_tokens(key, entry)]
+    if any(key != "labels" for key in others) or any(str(key).startswith("decoder_") for key in batch):
         return None
     used = mask.bool()
     for key in ("labels", "shift_labels"):
-        labels = batch.get(key)
-        if _has_a_column_a_token(key, labels, mask.shape):
-            used = used | (labels != IGNORE_INDEX)
+        if _is_as_wide(batch.get(key), mask.shape) and _is_of_tokens(key, batch[key]):
+            used = used | (batch[key] != IGNORE_INDEX)
     used = used | ~used.any(1, keepdim=True)
-    first, last = used.int().argmax(1), used.int().flip(1).argmax(1)
-    return torch.stack([first, mask.shape[1] - last], dim=1)
+    return mask.shape[1] - used.flip(1).int().argmax(1)
 
 
-def without_padding(batch: Any, columns: Tensor) -> Any:
-    """Leave out the columns that no row of a batch uses, as a collator that pads to the longest row would.
+def without_padding(batch: Any, lengths: Tensor) -> Any:
+    """Leave out the columns on the right that no row of a batch needs, as a collator that pads to the longest row would.
 
-    A width that is a multiple of 8 stays one, as ``pad_to_multiple_of=8`` makes it for the sake of speed.
+    The width stays a multiple of the largest power of two up to 64 that it is a multiple of, as ``pad_to_multiple_of`` makes it.
 
     Args:
         batch: A collated batch with an ``attention_mask``.
-        columns: Of its rows, from ``used_columns``, on the CPU.
+        lengths: Of its rows, from ``row_lengths``, on the CPU.
 
     Returns:
-        A batch of the same type; every tensor with the shape of the mask in front is cut alike, but for labels that are no
-        tokens.
+        A batch of the same type.
 
     Example:
         >>> batch = {"input_ids": torch.tensor([[5, 6, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])}
-        >>> without_padding(batch, torch.tensor([[0, 2]]))["input_ids"]
+        >>> without_padding(batch, torch.tensor([2]))["input_ids"]
         tensor([[5, 6]])
     """
     shape = batch["attention_mask"].shape
-    start, end = int(columns[:, 0].min()), int(columns[:, 1].max())
-    if shape[1] % 8 == 0:
-        width = 8 * math.ceil((end - start) / 8)
-        end = min(shape[1], start + width)
-        start = end - width
-    if (start, end) == (0, shape[1]):
+    multiple = min(64, shape[1] & -shape[1])
+    width = multiple * math.ceil(int(lengths.max()) / multiple)
+    if width == shape[1]:
         return batch
     return type(batch)(
         {
-            key: entry[:, start:end] if _has_a_column_a_token(key, entry, shape) else entry
+            key: entry[:, :width] if _is_as_wide(entry, shape) and _is_of_tokens(key, entry) else entry
             for key, entry in batch.items()
         }
     )
 
 
-def _has_a_column_a_token(key: Any, entry: Any, shape: torch.Size) -> bool:
-    if not isinstance(entry, Tensor) or entry.shape[:2] != shape:
-        return False
-    return key != "labels" or not entry.is_floating_point()  # several labels of a row can be as many as its tokens
+# Whatever has a column for each token of `attention_mask`. Another sequence of the same width has its own.
+_OF_TOKENS = {
+    "input_ids",
+    "inputs_embeds",
+    "attention_mask",
+    "token_type_ids",
+    "position_ids",
+    "labels",
+    "shift_labels",
+    "completion_mask",
+    "assistant_masks",
+    "special_tokens_mask",
+    "global_attention_mask",
+    "bbox",
+}
 
 
-def split_by_length(lengths: Tensor, width: int, min_rows: int = 8, min_saving: float = 0.1) -> list[Tensor]:
+def _is_as_wide(entry: Any, shape: torch.Size) -> bool:
+    return isinstance(entry, Tensor) and entry.shape[:2] == shape
+
+
+def _is_of_tokens(key: Any, entry: Tensor) -> bool:
+    # Several labels of a row can be as many as its tokens.
+    return key in _OF_TOKENS and not (key == "labels" and entry.is_floating_point())
+
+
+def split_by_length(lengths: Tensor, min_rows: int = 8, min_saving: float = 0.1) -> list[Tensor]:
     """Group rows of like length, where padding each group to its own longest row saves much of a forward pass.
 
     The rows are sorted and cut into equal parts, again and again into twice as many while that saves a tenth.
 
     Args:
-        lengths: Columns that each row uses, int64, ``(n,)``, on the CPU.
-        width: Columns of the batch.
+        lengths: Columns that each row needs, int64, ``(n,)``, on the CPU.
         min_rows: Rows of a part; smaller ones keep a device waiting.
         min_saving: Share of the remaining columns that a cut must save.
 
@@ -377,11 +390,11 @@ def split_by_length(lengths: Tensor, width: int, min_rows: int = 8, min_saving: 
         Row numbers of each part, which together are all rows; one part, in order, if nothing is saved.
 
     Example:
-        >>> split_by_length(torch.tensor([9, 2, 9, 1]), width=9, min_rows=2)
+        >>> split_by_length(torch.tensor([9, 2, 9, 1]), min_rows=2)
         [tensor([3, 1]), tensor([0, 2])]
     """
     order = lengths.argsort(stable=True)
-    parts, columns = [torch.arange(len(lengths))], len(lengths) * width
+    parts, columns = [torch.arange(len(lengths))], len(lengths) * int(lengths.max())
     while len(lengths) // (2 * len(parts)) >= min_rows:
         finer = list(order.tensor_split(2 * len(parts)))
         needed = sum(len(part) * int(lengths[part[-1]]) for part in finer)

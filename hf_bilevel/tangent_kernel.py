@@ -18,7 +18,7 @@ from hf_bilevel.losses import class_logits, evaluating
 NUM_DRAWS = 3  # random combinations of the logits whose gradients make the kernel
 BLOCK_NUMBERS = 2**28  # entries of the gradients that are held at once, 1 GiB in float32
 MANY_BLOCKS = 8
-MAX_ROWS = 30_000  # of the pool: two matrices of 7 GB
+MAX_ROWS = 30_000  # of the pool: two matrices of 7 GB, or three
 
 _REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError, UserWarning)  # of a model by vmap
 
@@ -35,7 +35,7 @@ class KernelEngine:
     the diagonal of the pool is 1. A wide network, trained by small steps from there, fits as this kernel does; with only a
     linear head trained, it is the regression on the features. Labels are one-hot vectors less their mean, the upper loss is the
     mean squared distance to them. With a pool share it is in part that of the pool's rows too, each fitted by the others (see
-    ``KernelRidge``) and weighted so that the classes count as among the upper rows.
+    ``KernelRidge``) and weighted so that the classes count about as among the upper rows.
 
     Args:
         model: A classifier with one label for each row; it is only read. Parameters without ``requires_grad`` do not count.
@@ -210,13 +210,13 @@ class _Logits(nn.Module):
 
 
 def _class_weights(pool: Tensor, upper: Tensor) -> Tensor:
-    """Weight the rows of the pool, with the mean 1, so that each class has the share of it that it has of the upper rows."""
-    ratios = upper.double().mean(0) / pool.double().mean(0)  # infinite for classes that the pool does not have
-    weights = torch.where(pool, ratios, 0.0).sum(1)
-    if not weights.any():
-        raise ValueError(
-            "`pool_share` needs a pool with classes of the target dataset, and it has none. Use `pool_share=0`."
-        )
+    """Weight the rows of the pool, with the mean 1, so that each class has the share of it that it has of the upper rows.
+
+    The shares are taken with one upper row more of every class of the pool: a few dozen rows miss classes by chance.
+    """
+    in_pool = pool.sum(0)
+    wanted = torch.where(in_pool > 0, upper.sum(0) + 1.0, 0.0)
+    weights = (pool * (wanted / in_pool.clamp(min=1))).sum(1)
     return weights / weights.mean()
 
 

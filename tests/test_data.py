@@ -45,8 +45,8 @@ from hf_bilevel.data import (
     pop_origin,
     private_randomness,
     read_domains,
+    row_lengths,
     split_by_length,
-    used_columns,
     without_padding,
 )
 
@@ -460,67 +460,77 @@ def test_padding_free_batches_are_refused(batch: dict[str, Any], path: str, leng
 # Padding
 
 
-@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=6), st.sampled_from([9, 16]))
-def test_padding_is_left_out_and_nothing_else(spans: list[tuple[int, int]], width: int) -> None:
-    """Rows attend from one column to another, or to none; labels are where they attend and, in the first row, at the end."""
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=6), st.sampled_from([18, 20, 32])
+)
+def test_padding_on_the_right_is_left_out_and_nothing_else(spans: list[tuple[int, int]], width: int) -> None:
+    """Rows attend from one column to another, or to none; the first row has a label further to the right."""
     mask = torch.zeros(len(spans), width, dtype=torch.int64)
     for row, (start, length) in zip(mask, spans, strict=True):
         row[start : start + length] = 1
     tokens = torch.arange(mask.numel()).view(mask.shape) + 1
     labels = torch.where(mask > 0, tokens, -100)
-    labels[0, -1] = 7
+    labels[0, 12] = 7
     batch = {"input_ids": tokens * mask, "attention_mask": mask, "labels": labels, "weight": torch.ones(len(spans))}
-    columns = used_columns(batch, len(spans))
-    for i, row in enumerate(((mask > 0) | (labels != -100)).tolist()):
-        first = row.index(True) if any(row) else 0
-        last = width - row[::-1].index(True) if any(row) else width
-        assert columns[i].tolist() == [first, last]
-    cut = without_padding(batch, columns)
+    lengths = row_lengths(batch, len(spans))
+    for length, row in zip(lengths.tolist(), ((mask > 0) | (labels != -100)).tolist(), strict=True):
+        assert length == (width - row[::-1].index(True) if any(row) else width)
+    cut = without_padding(batch, lengths)
     kept = cut["input_ids"].shape[1]
-    assert {cut[key].shape[1] for key in ("input_ids", "attention_mask", "labels")} == {kept}
-    assert kept % 8 == 0 if width % 8 == 0 else kept == columns[:, 1].max() - columns[:, 0].min()
+    multiple = {18: 2, 20: 4, 32: 32}[width]
+    assert kept == multiple * -(-int(lengths.max()) // multiple)
+    for key in ("input_ids", "attention_mask", "labels"):
+        assert torch.equal(cut[key], batch[key][:, :kept])
     assert cut["weight"] is batch["weight"] and cut["attention_mask"].sum() == mask.sum()
-    assert cut["input_ids"].sum() == batch["input_ids"].sum()
-    assert cut["labels"][cut["labels"] != -100].tolist() == labels[labels != -100].tolist()
 
 
-def test_no_columns_without_a_mask_of_the_rows() -> None:
-    mask = torch.ones(2, 3)
-    assert used_columns({"pixel_values": torch.zeros(2, 3, 4, 4)}, 2) is None
-    assert used_columns({"attention_mask": torch.ones(2, 1, 3, 3)}, 2) is None
-    assert used_columns({"attention_mask": mask[:1]}, 2) is None  # several samples in a row
-    assert used_columns({"attention_mask": mask, "decoder_input_ids": torch.ones(2, 3)}, 2) is None
-    assert used_columns({"attention_mask": mask}, 2).tolist() == [[0, 3], [0, 3]]
+TOKENS = {"input_ids": torch.tensor([[5, 6, 0], [7, 0, 0]]), "attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"pixel_values": torch.zeros(2, 3, 4, 4)},
+        {**TOKENS, "attention_mask": torch.ones(2, 1, 3, 3)},
+        {**TOKENS, "attention_mask": torch.ones(1, 3)},  # several samples in a row
+        {**TOKENS, "decoder_input_ids": torch.ones(2, 5)},
+        {**TOKENS, "positive_input_ids": torch.ones(2, 3)},  # another text, as wide by chance
+        {**TOKENS, "teacher_logits": torch.ones(2, 3)},  # of three classes
+    ],
+)
+def test_columns_of_something_else_are_not_left_out(batch: dict[str, Tensor]) -> None:
+    assert row_lengths(batch, 2) is None
+
+
+def test_padding_on_the_left_stays() -> None:
+    """The first token of a row is predicted from what is before it, and positions are counted from there."""
+    batch = {"input_ids": torch.tensor([[0, 0, 6], [0, 5, 6]]), "attention_mask": torch.tensor([[0, 0, 1], [0, 1, 1]])}
+    assert row_lengths(batch, 2).tolist() == [3, 3]
 
 
 def test_long_labels_of_an_encoder_decoder_stay_whole() -> None:
     """Source and target are padded to the same width, and the target is longer."""
-    rows = [{"input_ids": [5, 6, 0, 0], "attention_mask": [1, 1, 0, 0], "labels": [7, 8, 9, -100]}] * 2
+    rows = [{"input_ids": [5, 0, 0], "attention_mask": [1, 0, 0], "labels": [7, 8, -100]}] * 2
     taken = CollatedRows(rows, default_data_collator, torch.device("cpu"), seed=0).take(torch.tensor([1]))
-    assert taken["labels"].tolist() == [[7, 8, 9]] and taken["input_ids"].tolist() == [[5, 6, 0]]
+    assert taken["labels"].tolist() == [[7, 8]] and taken["input_ids"].tolist() == [[5, 0]]
 
 
 def test_as_many_labels_as_tokens_are_not_padding() -> None:
     """Multi-label classification with three classes and three tokens."""
-    batch = {
-        "input_ids": torch.tensor([[5, 6, 0]]),
-        "attention_mask": torch.tensor([[1, 1, 0]]),
-        "labels": torch.ones(1, 3),
-    }
-    columns = used_columns(batch, 1)
-    assert columns.tolist() == [[0, 2]] and without_padding(batch, columns)["labels"].shape == (1, 3)
+    batch = {**TOKENS, "labels": torch.ones(2, 3)}
+    cut = without_padding(batch, row_lengths(batch, 2))
+    assert cut["input_ids"].shape == (2, 2) and cut["labels"].shape == (2, 3)
 
 
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=70), st.integers(1, 9))
 def test_rows_are_split_by_length(lengths: list[int], min_rows: int) -> None:
-    width = max(lengths)
-    parts = split_by_length(torch.tensor(lengths), width, min_rows=min_rows)
+    parts = split_by_length(torch.tensor(lengths), min_rows=min_rows)
     assert sorted(torch.cat(parts).tolist()) == list(range(len(lengths)))
     assert all(len(part) >= min_rows for part in parts) or len(parts) == 1
     columns = [max(lengths[i] for i in part.tolist()) for part in parts]
     assert columns == sorted(columns)
     needed = sum(len(part) * column for part, column in zip(parts, columns, strict=True))
-    assert needed <= 0.9 * len(lengths) * width or len(parts) == 1
+    assert needed <= 0.9 * len(lengths) * max(lengths) or len(parts) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ def test_benchmark_smoke(script, name: str, keys: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_rules_of_other_libraries_smoke(script, tmp_path: Path) -> None:
-    arms = ["all", "interval", "gradient", "masoba"]
+    arms = ["all", "interval", "gradient"]
     report = script("benchmarks/domain_shift").main(["--smoke", "--num_target", "32", "--arms", *arms])
     assert report["config"]["num_target"] == 32 and [row["arm"] for row in report["rows"]] == arms
     assert report["summary"]["cost/gradient"] == 2.5 and report["summary"]["cost/interval"] > 2

@@ -91,7 +91,7 @@ def test_the_pool_is_judged_without_each_row_itself_and_by_the_classes_of_the_ta
     engine = KernelEngine(*arguments, torch.Generator().manual_seed(7), pool_share=0.4)
     features = tuple(features_by_hand(model, rows, 3) for rows in (pool, upper))
     labels, wanted = (rows.batch["labels"].tolist() for rows in (pool, upper))
-    weights = [wanted.count(label) / labels.count(label) for label in labels]
+    weights = [(wanted.count(label) + 1) / labels.count(label) for label in labels]
     assert len(set(weights)) > 1
     mask = torch.tensor([1, 0, 0, 1, 1, 0, 0, 1, 0], dtype=torch.bool)
     distances = []
@@ -105,11 +105,12 @@ def test_the_pool_is_judged_without_each_row_itself_and_by_the_classes_of_the_ta
     assert float(engine.upper_losses(mask[None], [0])) == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_pool_without_the_classes_of_the_target_cannot_judge() -> None:
-    pool, upper = make_rows(6, 1), make_rows(4, 2)
-    pool.batch["labels"], upper.batch["labels"] = torch.zeros(6, dtype=torch.int64), torch.ones(4, dtype=torch.int64)
-    with pytest.raises(ValueError, match="it has none. Use `pool_share=0`"):
-        KernelEngine(Network(), pool, upper, RIDGE, torch.Generator(), pool_share=0.5)
+def test_classes_that_the_target_misses_count_a_little() -> None:
+    pool, upper = (F.one_hot(torch.tensor(labels), 4) for labels in ([0, 0, 0, 0, 1, 1, 2], [1, 1, 1]))
+    weights = module._class_weights(pool, upper)
+    assert weights.mean() == 1
+    shares = [float(weights[:4].sum() / 7), float(weights[4:6].sum() / 7), float(weights[6:].sum() / 7)]
+    assert shares == pytest.approx([1 / 6, 4 / 6, 1 / 6])
 
 
 def test_combinations_stand_for_the_sum_over_the_classes() -> None:

@@ -27,8 +27,8 @@ from hf_bilevel.data import (
     derive_seed,
     pick_rows,
     private_randomness,
+    row_lengths,
     split_by_length,
-    used_columns,
     without_padding,
 )
 from hf_bilevel.losses import (
@@ -380,20 +380,21 @@ class BladeMixin(ReferenceMixin):
         return batches, self._get_num_items_in_batch(planned, self.args.device)
 
     def _score(
-        self, batches: list[Any], score: str, columns: list[Tensor | None] | None = None
+        self, batches: list[Any], score: str, lengths: list[Tensor | None] | None = None
     ) -> list[tuple[Tensor, Tensor]]:
         """Score the units of candidate batches; one forward of each model a row.
 
         Args:
             batches: Candidates, on the model's device.
             score: As in ``BladeConfig``.
-            columns: Those that the rows use, from ``_columns``: rows of many lengths are then scored in parts of like length.
+            lengths: Of the rows, from ``_lengths``: rows of many lengths are then scored in parts of like length.
 
         Returns:
             Of each batch the scores of its units, and which of them are valid.
         """
         parts = [
-            self._parts(batch, used) for batch, used in zip(batches, columns or [None] * len(batches), strict=True)
+            self._parts(batch, of_rows)
+            for batch, of_rows in zip(batches, lengths or [None] * len(batches), strict=True)
         ]
         # All batches pass through the proxy first: a reference that is an adapter replaces it while active.
         with evaluating(self.model):
@@ -410,32 +411,31 @@ class BladeMixin(ReferenceMixin):
             scores = [excess_loss(u.losses, r.losses) for u, r in zip(units, references, strict=True)]
         return [(scored, u.valid) for scored, u in zip(scores, units, strict=True)]
 
-    def _columns(self, batches: list[Any], sizes: list[int]) -> list[Tensor | None]:
-        """Find the columns that each row of padded batches uses; one host sync, and none without attention masks.
+    def _lengths(self, batches: list[Any], sizes: list[int]) -> list[Tensor | None]:
+        """Find how many columns each row of padded batches needs; one host sync, and none without attention masks.
 
         Returns:
-            Of each batch ``used_columns``, on the CPU; or None where a model is compiled for one width, and where all processes
+            Of each batch ``row_lengths``, on the CPU; or None where a model is compiled for one width, and where all processes
             have to call it equally often.
         """
         if self.args.torch_compile or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return [None] * len(batches)
-        found = [used_columns(batch, size) for batch, size in zip(batches, sizes, strict=True)]
-        if any(used is None for used in found):
+        found = [row_lengths(batch, size) for batch, size in zip(batches, sizes, strict=True)]
+        if any(lengths is None for lengths in found):
             return [None] * len(batches)
         return list(torch.cat(found).cpu().split(sizes))
 
-    @staticmethod
-    def _parts(batch: Any, columns: Tensor | None) -> list[tuple[Tensor | None, Any]]:
-        """Cut a batch into (row numbers, rows) of like length."""
-        if columns is None:
-            return [(None, batch)]
-        groups = split_by_length(columns[:, 1] - columns[:, 0], batch["attention_mask"].shape[1])
+    def _parts(self, batch: Any, lengths: Tensor | None) -> list[tuple[Tensor, Any]]:
+        """Cut a batch into (row numbers, rows) of like length; not for a loss of the user's, which may compare the rows."""
+        if lengths is None:
+            return [(torch.empty(0), batch)]
+        groups = split_by_length(lengths) if self.compute_sample_losses is None else [torch.arange(len(lengths))]
         if len(groups) == 1:
-            return [(None, batch)]
-        rows = (pick_rows(batch, group.tolist(), len(columns)) for group in groups)
-        return [(group, without_padding(part, columns[group])) for group, part in zip(groups, rows, strict=True)]
+            return [(groups[0], without_padding(batch, lengths))]
+        rows = (pick_rows(batch, group.tolist(), len(lengths)) for group in groups)
+        return [(group, without_padding(part, lengths[group])) for group, part in zip(groups, rows, strict=True)]
 
-    def _losses_of_parts(self, model: nn.Module, parts: list[tuple[Tensor | None, Any]]) -> UnitLosses:
+    def _losses_of_parts(self, model: nn.Module, parts: list[tuple[Tensor, Any]]) -> UnitLosses:
         """Compute the losses of all rows of a batch, in their order."""
         units = [self._losses(model, part) for _, part in parts]
         if len(units) == 1:
@@ -445,9 +445,9 @@ class BladeMixin(ReferenceMixin):
 
     def _pick_samples(self, batches: list[Any], prepared: list[Any], origins: list[Origin]) -> list[Any]:
         ratio, sizes = self.bilevel_config.selection_ratio, [len(origin) for origin in origins]
-        columns = self._columns(prepared, sizes)
+        lengths = self._lengths(prepared, sizes)
         keeps, excluded_before = [], self._sums[4:].clone()
-        scored = self._score(prepared, self.bilevel_config.score, columns)
+        scored = self._score(prepared, self.bilevel_config.score, lengths)
         for (scores, valid), origin in zip(scored, origins, strict=True):
             if len(scores) != len(origin):
                 raise ValueError(
@@ -467,13 +467,13 @@ class BladeMixin(ReferenceMixin):
                 f"No candidate of a batch has a finite loss and a label at step {self.state.global_step}, so there is "
                 "nothing to train on. Check the data and lower the learning rate."
             )
-        return [self._picked(*entry) for entry in zip(batches, rows, sizes, columns, strict=True)]
+        return [self._picked(*entry) for entry in zip(batches, rows, sizes, lengths, strict=True)]
 
     @staticmethod
-    def _picked(batch: Any, rows: Tensor, size: int, columns: Tensor | None) -> Any:
-        """Take the selected rows, without the columns that only others use."""
+    def _picked(batch: Any, rows: Tensor, size: int, lengths: Tensor | None) -> Any:
+        """Take the selected rows, without the columns that only others need."""
         picked = pick_rows(batch, rows.tolist(), size)
-        return picked if columns is None else without_padding(picked, columns[rows])
+        return picked if lengths is None else without_padding(picked, lengths[rows])
 
     def _non_finite_message(self) -> str:
         return (

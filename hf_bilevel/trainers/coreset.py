@@ -109,9 +109,9 @@ class CoresetConfig(BilevelConfig):
             For classifiers and pools up to some 10,000; start from ``initial_size=0.5``, see ``CoresetTrainer``.
         ridge: Of the regression of ``engine="kernel"``, where the kernel is about 1 between a sample and itself.
         pool_share: With ``engine="kernel"`` and a target dataset: how much of the upper loss is the pool's, in [0, 1), each of its
-            rows judged by what the other rows of the coreset say of it. 0 judges on the target dataset alone, which a few dozen
-            rows are too few for; 0.5 did best where some labels of the pool were wrong. It pulls towards what is frequent in the
-            pool: 0 where the target dataset stands for something else.
+            rows judged by what the other rows of the coreset say of it, and weighted so that the classes count about as in the
+            target dataset. 0.5 helped where some labels of the pool were wrong and the target dataset was small (measured).
+            Leave it at 0 where the target dataset stands for something else than the pool. A mask takes up to twice as long.
         search_save_steps: Outer steps between two checkpoints of the search.
         target_batch_size: Rows of one forward pass of the upper loss; None for 256.
         domain_column: See ``BilevelConfig``; only recorded.

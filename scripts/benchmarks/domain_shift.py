@@ -22,9 +22,9 @@ runs of `all`, and tells what a run stopped there gives, not one planned for so 
 forward pass of as many rows as the candidates for 1, one with a backward pass for 3. That is generous to passes without gradients
 where only some layers are trained; `seconds` shows by how much.
 
-Rules of other libraries are arms that only run when named: `interval` trains on rows with the highest losses of the whole pool, chosen
-anew as often as BLADE synchronises; `gradient` on the candidates whose gradients point the way of a target batch's (`peer_rules.py`);
-`masoba` is BROS in full space by double backward. Differentiating a pass again is not counted.
+Rules in the manner of other libraries are arms that only run when named (`peer_rules.py`): `interval` trains on rows with the highest
+losses of the whole pool, chosen anew as often as BLADE synchronises, as many in a step as there are candidates; `gradient` on the
+candidates whose gradients point the way of a target batch's, as many as `blade_sample`.
 
 Other settings of BLADE, one change at a time, are arms as well and only run when named (`--trials` names them all); `published` has
 the paper's five synchronisations, K / T = 0.3 and penalty 1. They go into a file of their own.
@@ -86,7 +86,7 @@ TRIALS: dict[str, dict[str, float | str]] = {
     "blade ratio=0.3": {"selection_ratio": 0.3},
     "blade target_batch=4": {"target_batch_size": 4},
 }
-PEERS = ("interval", "gradient", "masoba")
+PEERS = ("interval", "gradient")
 ALL_ARMS = (*ARMS, *PEERS, *TRIALS)
 CONTROLS = ("all", "random", "static")
 TARGET = "manual"
@@ -299,10 +299,9 @@ def run_arm(arm: str, task: Task, keep: Path | None) -> dict:
         trainer = IntervalTrainer(RATIO, interval, **common)
     elif arm == "gradient":
         trainer = GradientProductTrainer(RATIO, task.target, **common)
-    elif arm in ("bros", "masoba"):
-        full = {"rank": "full", "hessian_action": "double_backward"} if arm == "masoba" else {}
+    elif arm == "bros":
         config = BrosConfig(
-            upper_variable="domain", domain_column="domain", upper_learning_rate=UPPER_DISTANCE / task.steps, **full
+            upper_variable="domain", domain_column="domain", upper_learning_rate=UPPER_DISTANCE / task.steps
         )
         trainer = BrosTrainer(**common, target_dataset=task.target, bilevel_config=config)
     else:

@@ -131,7 +131,9 @@ class StepClock(TrainerCallback):
         return [end - start for start, end in zip(self.ends, self.ends[1:], strict=False)]
 
 
-def make_trainer(arm: str, model: nn.Module, data: list[dict], batch_size: int, steps: int, folder: str) -> Trainer:
+def make_trainer(
+    arm: str, model: nn.Module, data: list[dict], batch_size: int, steps: int, folder: str, compiled: bool = False
+) -> Trainer:
     """Build the trainer of one arm; each of its ``train()`` calls makes 1 + ``steps`` steps, or as ``TIMED_STEPS`` says."""
     # Beyond the run, so that only the dropped first step has a reference phase: the smallest there is.
     no_phase = {"sync_steps": 10**6, "reference_steps": 1, "penalty": 0, "target_batch_size": 1}
@@ -157,6 +159,7 @@ def make_trainer(arm: str, model: nn.Module, data: list[dict], batch_size: int, 
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
+        torch_compile=compiled,
     )
     ours = {} if arm == "plain" else {"target_dataset": data, "bilevel_config": configs[arm]}
     trainer_class = BladeTrainer

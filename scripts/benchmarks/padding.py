@@ -31,7 +31,7 @@ SPREAD, LONGEST, SHORTEST = 0.7, 256, 8  # of the logarithm; tokens
 class AllPadding(BladeTrainer):
     """BladeTrainer without either saving."""
 
-    def _columns(self, batches: list, sizes: list[int]) -> list[None]:
+    def _lengths(self, batches: list, sizes: list[int]) -> list[None]:
         return [None] * len(batches)
 
 

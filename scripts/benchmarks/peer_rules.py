@@ -1,10 +1,11 @@
 """Rules of other libraries for choosing rows while training, as trainers: what BladeTrainer is compared with.
 
 References:
-    DataFlex (https://github.com/OpenDCAI/DataFlex): the rows of the pool with the highest losses, chosen anew every so many steps.
+    DataFlex (https://github.com/OpenDCAI/DataFlex) chooses rows of the pool by their losses, anew every so many steps. Its default
+        draws the upper third five times as often as the rest; here only the upper rows are drawn.
     Wang, Wu, Song, Mittal, Jia, GREATS: Online Selection of High-Quality Data for LLM Training in Every Iteration, NeurIPS 2024: the
         candidates whose gradients point the way of the target's, by products with the activations ("ghost"), not by gradients of
-        single rows. Here without its correction for what has been chosen already.
+        single rows. Here its first order: without the correction for what has been chosen already.
 """
 
 from collections.abc import Iterator, Mapping

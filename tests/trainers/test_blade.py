@@ -339,16 +339,14 @@ def test_number_of_forward_passes(name: str, settings: dict, expected: dict[str,
 
 
 def ragged_rows(name: str, num: int) -> Dataset:
-    """Rows of 2 to 12 tokens, padded to 12, in random order; labels as in ``make_rows``."""
-    rows = make_rows(name, num)
-    for i, row in enumerate(rows):
-        used = 2 + 7 * i % 11
-        row["attention_mask"] = [int(t < used) for t in range(LENGTH)]
-        row["input_ids"] = [
-            token if t < used else 0 for t, token in enumerate(torch.tensor(row["input_ids"]).add(1) % 47)
-        ]
-        if name == "llama":
-            row["labels"] = [token if t < used else -100 for t, token in enumerate(row["input_ids"])]
+    """Rows of 2 to 12 tokens, padded to 13, in random order."""
+    rows = []
+    for i, row in enumerate(make_rows(name, num)):
+        used, padding = 2 + 7 * i % 11, [0] * (LENGTH + 1)
+        tokens = [1 + token % 47 for token in row["input_ids"][:used]]
+        tokens, mask = (tokens + padding)[: LENGTH + 1], ([1] * used + padding)[: LENGTH + 1]
+        labels = row["labels"] if name == "bert" else (tokens[:used] + [-100] * (LENGTH + 1))[: LENGTH + 1]
+        rows.append({"input_ids": tokens, "attention_mask": mask, "labels": labels})
     return Dataset.from_list(rows)
 
 
@@ -390,7 +388,7 @@ def test_rows_of_many_lengths_are_scored_without_their_padding(
         return *trained, columns
 
     short, short_recorder, few = run("short")
-    monkeypatch.setattr(BladeTrainer, "_columns", lambda self, batches, sizes: [None] * len(batches))
+    monkeypatch.setattr(BladeTrainer, "_lengths", lambda self, batches, sizes: [None] * len(batches))
     full, full_recorder, many = run("full")
     assert few["scored rows"] == many["scored rows"] and few["trained rows"] == many["trained rows"]
     assert few["trained"] < many["trained"] and few["scored"] < 0.9 * many["scored"]
@@ -415,9 +413,35 @@ def test_a_compiled_model_keeps_its_width(tmp_path: Path) -> None:
         },
     )
     batch = {"attention_mask": torch.tensor([[1, 0], [1, 1]])}
-    assert trainer._columns([batch], [2])[0].tolist() == [[0, 1], [0, 2]]
+    assert trainer._lengths([batch], [2])[0].tolist() == [1, 2]
     trainer.args.torch_compile = True
-    assert trainer._columns([batch], [2]) == [None]
+    assert trainer._lengths([batch], [2]) == [None]
+
+
+def test_a_loss_of_ones_own_sees_the_whole_batch(tmp_path: Path) -> None:
+    """It may compare its rows with each other."""
+    seen = []
+
+    def losses(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        seen.append(batch["input_ids"].shape)
+        return F.cross_entropy(model(**batch).logits, batch["labels"], reduction="none")
+
+    rows = ragged_rows("bert", 32)
+    trainer = make_trainer(
+        BladeTrainer,
+        "bert",
+        tmp_path,
+        train_dataset=rows,
+        per_device_train_batch_size=16,
+        max_steps=1,
+        trainer_kwargs={
+            "bilevel_config": BladeConfig(selection_ratio=0.5, score="loss"),
+            "compute_sample_losses": losses,
+        },
+    )
+    seen.clear()
+    trainer.train()
+    assert [shape[0] for shape in seen if shape[0] != 8] == [16]
 
 
 # Statistics -----------------------------------------------------------------------------------------------------------
