@@ -213,9 +213,12 @@ def _class_weights(pool: Tensor, upper: Tensor) -> Tensor:
     """Weight the rows of the pool, with the mean 1, so that each class has the share of it that it has of the upper rows.
 
     The shares are taken with one upper row more of every class of the pool: a few dozen rows miss classes by chance.
+
+    Returns:
+        Float64, ``(n,)``.
     """
-    in_pool = pool.sum(0)
-    wanted = torch.where(in_pool > 0, upper.sum(0) + 1.0, 0.0)
+    in_pool = pool.sum(0).double()
+    wanted = torch.where(in_pool > 0, upper.sum(0) + 1, 0)
     weights = (pool * (wanted / in_pool.clamp(min=1))).sum(1)
     return weights / weights.mean()
 

@@ -4,13 +4,12 @@
     python scripts/benchmarks/profile_steps.py --smoke
 
 Models, data and trainers are those of `overhead.py`, and as there the first step of a `train()` call, with the set-up, is left out.
-The time that operators take themselves is added up by kind and divided by the whole of the plain Trainer's; so a row's sum is what an
-arm costs in operators, and its excess over the limit is what is not arithmetic. The arms take turns in every round; of each the round
-with the smallest sum counts, in which the machine disturbed it least. `mixture` is left out, whose steps are plain ones and reference steps like these. Time outside of operators is not counted: the profiler itself slows it down. `overhead.py` measures whole steps.
+The time that operators take themselves is added up by kind and divided by the whole of the plain Trainer's, just before and after; so a
+row's sum is what an arm costs in operators, and its excess over the limit is what is not arithmetic. The arms take turns in every round;
+of each the round with the median sum counts. `mixture` is left out, whose steps are plain ones and reference steps like these. Time outside of operators is not counted: the profiler itself slows it down. `overhead.py` measures whole steps.
 """
 
 import argparse
-import math
 import tempfile
 import warnings
 from collections import Counter
@@ -85,7 +84,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--smoke", action="store_true", help="tiny models")
     parser.add_argument("--output", help="JSON file to write")
     options = parser.parse_args(argv)
-    batch_size, steps, rounds = (4, 2, 1) if options.smoke else (8, 5, 5)
+    batch_size, steps, rounds = (4, 2, 1) if options.smoke else (8, 5, 3)
     warnings.filterwarnings("ignore", "The subspaces of")  # of so short a run cover little
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -96,23 +95,24 @@ def main(argv: list[str] | None = None) -> dict:
             arms = ["plain", *(arm for arm in MODELS[name] if arm not in ("off", "phase", "mixture"))]
             with tempfile.TemporaryDirectory() as folder:
                 trainers = {arm: make_trainer(arm, model, data, batch_size, steps, f"{folder}/{arm}") for arm in arms}
-                found = {  # warms up as well
-                    arm: {"forward_equivalents": count_forwards(arm, trainer)} for arm, trainer in trainers.items()
-                }
+                equivalents = {
+                    arm: count_forwards(arm, trainer) for arm, trainer in trainers.items()
+                }  # warms up as well
+                shares: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms}
                 for _ in range(rounds):
+                    before = profile_steps(trainers["plain"])
                     for arm, trainer in trainers.items():
-                        times = profile_steps(trainer)
-                        if sum(times.values()) < sum(found[arm].get("microseconds", {"": math.inf}).values()):
-                            found[arm]["microseconds"] = times
-            plain = sum(found["plain"]["microseconds"].values())
-            for arm, row in found.items():
-                rows.append({"model": name, "arm": arm, **row})
-                shares = {kind: time / plain for kind, time in row["microseconds"].items()}
-                summary |= {f"{kind}/{name}/{arm}": share for kind, share in shares.items()}
-                summary[f"operators/{name}/{arm}"] = sum(shares.values())
-                summary[f"limit/{name}/{arm}"] = EQUIVALENTS[arm] / 3
-                numbers = [*shares.values(), sum(shares.values()), EQUIVALENTS[arm] / 3]
-                table.append([name, arm, *(f"{number:.2f}" for number in numbers)])
+                        times, after = profile_steps(trainer), profile_steps(trainers["plain"])
+                        plain = (sum(before.values()) + sum(after.values())) / 2
+                        shares[arm].append({kind: time / plain for kind, time in times.items()})
+                        before = after
+            for arm in arms:
+                found = sorted(shares[arm], key=lambda share: sum(share.values()))[rounds // 2]
+                total, limit = sum(found.values()), EQUIVALENTS[arm] / 3
+                rows.append({"model": name, "arm": arm, "shares": found, "forward_equivalents": equivalents[arm]})
+                summary |= {f"{kind}/{name}/{arm}": share for kind, share in found.items()}
+                summary |= {f"operators/{name}/{arm}": total, f"limit/{name}/{arm}": limit}
+                table.append([name, arm, *(f"{number:.2f}" for number in (*found.values(), total, limit))])
     finally:
         torch.set_num_threads(threads)
     print_table(["model", "arm", *COLUMNS, "sum", "limit"], table)

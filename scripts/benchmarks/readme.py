@@ -332,7 +332,7 @@ def time_to_quality() -> str:
 def profiles() -> str:
     report = load("profile_steps")
     summary, rows = report["summary"], report["rows"]
-    kinds = list(rows[0]["microseconds"])
+    kinds = list(rows[0]["shares"])
     lines = [f"| | {' | '.join(kinds)} | sum | limit |", f"|---|{'---|' * (len(kinds) + 2)}"]
     for row in rows:
         key = f"{row['model']}/{row['arm']}"
