@@ -25,7 +25,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from hf_bilevel import BladeConfig, BladeTrainer
 
 RATIO = 0.25
-SPREAD, LONGEST, SHORTEST = 0.7, 256, 8  # of the logarithm; tokens
+SPREAD, LONGEST, SHORTEST = 0.7, 128, 8  # of the logarithm; tokens
 
 
 class AllPadding(BladeTrainer):
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--smoke", action="store_true", help="a tiny model and one round")
     parser.add_argument("--output", help="JSON file to write")
     options = parser.parse_args(argv)
-    batch_size, steps, rounds, longest = (16, 2, 1, 32) if options.smoke else (32, 3, 5, LONGEST)
+    batch_size, steps, rounds, longest = (16, 2, 1, 32) if options.smoke else (32, 2, 3, LONGEST)
     warnings.filterwarnings("ignore", ".*pad_token_id")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

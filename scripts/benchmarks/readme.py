@@ -607,7 +607,6 @@ PAGES = {
         "lm_eval": lm_eval,
         "time_to_quality": time_to_quality,
         "profiles": profiles,
-        "padding": padding,
         "scale": scale,
     },
 }
