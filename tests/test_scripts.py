@@ -83,6 +83,7 @@ def test_model_cards(script, tmp_path: Path, capsys: pytest.CaptureFixture) -> N
         ),
         ("profile_steps", "products/llama/blade_token operators/vit/bros limit/vit/masoba"),
         ("padding", "ratio/blade_sample columns/all_padding"),
+        ("compiled", "ratio/llama/blade_token_compiled recompilations/vit/blade_sample_compiled"),
         ("scale", "milliseconds/tally/1000 checkpoint_bytes/mixture/10 bytes/weights/100"),
         ("memory", "scoring_over_naive bros_over_adamw/vit_s"),
         ("estimators", "relative_rms/one_sided/48 bias/naive/4"),

@@ -303,8 +303,13 @@ def overhead() -> str:
             continue
         limit = f"{summary[f'limit/{key}']:.2f}"
         lines.append(f"| {title} | {plus_minus(summary, f'step_ratio/{key}', digits=2)} | {limit} |")
-    memory = load("memory")["summary"]
+    memory, padding = load("memory")["summary"], load("padding")
     lines += [
+        "",
+        f"With rows of many lengths a step by rows costs less, since padding is left out: at the ratio "
+        f"{padding['config']['selection_ratio']} it takes {padding['summary']['ratio/blade_sample']:.2f} of a plain step on all candidates, "
+        f"{padding['summary']['ratio/all_padding']:.2f} with all of the padding "
+        "([lengths](scripts/benchmarks/README.md#rows-of-many-lengths)).",
         "",
         f"Scoring 8 × 1,024 tokens at a vocabulary of 49,152 takes {100 * memory['scoring_over_naive']:.0f} % of the peak "
         "memory of computing all logits. From `overhead.json` and `memory.json` beside.",
@@ -554,7 +559,7 @@ def coreset() -> str:
             f"Less the best of the other rules (the clean rows alone and the whole pool aside), paired by seed: {ahead('gain', controls)} points; with `pool_share=0.5` "
             f"{ahead('gain_both', controls)}. Where labels are wrong, the pool should judge too. Where nothing is wrong, or classes are "
             "rare, greedy bilevel selection, which takes seconds, is as good (it is in `scripts/benchmarks/coreset_controls.py`); where they "
-            "are rare, so is training on the clean rows alone.",
+            "are rare, so is training on the clean rows alone. How the pool judges was chosen on two of the five seeds with wrong labels.",
             "",
             "From `scripts/benchmarks/results/coreset.json`; [other tasks](scripts/benchmarks/README.md#coresets).",
         ]
@@ -607,6 +612,7 @@ PAGES = {
         "lm_eval": lm_eval,
         "time_to_quality": time_to_quality,
         "profiles": profiles,
+        "padding": padding,
         "scale": scale,
     },
 }
