@@ -257,7 +257,9 @@ def kill_and_resume(method: str, num_processes: int, num_kills: int, seed: int, 
             if (phase := start.kill()) != ENDED:
                 kills[PHASES[phase]] += 1
         different = [key for key in expected if found[key] != expected[key]]
-        assert not different, f"{method}, {num_processes} processes, run {runs} ({dict(kills)}): {different} differ"
+        losses = [pair for pair in zip(expected["losses"], found["losses"], strict=False) if pair[0] != pair[1]]
+        where = f"{method}, {num_processes} processes, run {runs} ({dict(kills)})"
+        assert not different, f"{where}: {different} differ; losses, expected and found: {losses}"
     return {"kills": kills.total(), "during": dict(sorted(kills.items())), "runs": runs}
 
 
