@@ -96,10 +96,8 @@ class KernelRidge:
         if self._pool is None:
             return loss, differences
         left_out, its_differences = self._left_out(fit)
-        share = self.pool_share / self._pool.num
-        return (1 - self.pool_share) * loss + share * left_out, (
-            1 - self.pool_share
-        ) * differences + share * its_differences
+        rest, share = 1 - self.pool_share, self.pool_share / self._pool.num
+        return rest * loss + share * left_out, rest * differences + share * its_differences
 
     def _fit(self, mask: Tensor) -> "_Fit":
         chosen = mask.nonzero().flatten()
@@ -136,9 +134,8 @@ class KernelRidge:
         slopes, squares = self._pool.joining(fit)
         slopes = slopes + ridge**2 * (weights * aligned) @ of_chosen + self._weights * own * of_residuals
         joining = slopes, squares - ridge**2 * weights.square() @ of_chosen - self._weights * own.square()
-        moves = (
-            weights / fit.left[:, None]
-        )  # row i: what its joining does to the coefficients of the chosen, times r_i
+        # Row i: what its joining does to the coefficients of the chosen, times r_i; below what its leaving does.
+        moves = weights / fit.left[:, None]
         changed = sizes - 2 * moves * aligned + moves.square() * of_residuals[:, None]
         with_it = changed / (curvature + weights * moves).square() @ of_chosen
 

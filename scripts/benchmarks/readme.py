@@ -304,11 +304,15 @@ def overhead() -> str:
         limit = f"{summary[f'limit/{key}']:.2f}"
         lines.append(f"| {title} | {plus_minus(summary, f'step_ratio/{key}', digits=2)} | {limit} |")
     memory, padding = load("memory")["summary"], load("padding")
+    cells = {
+        row["arm"]: f"{row['ratio']:.2f} ({row['ratio_range'][0]:.2f} to {row['ratio_range'][1]:.2f})"
+        for row in padding["rows"]
+    }
     lines += [
         "",
         f"With rows of many lengths a step by rows costs less, since padding is left out: at the ratio "
-        f"{padding['config']['selection_ratio']} it takes {padding['summary']['ratio/blade_sample']:.2f} of a plain step on all candidates, "
-        f"{padding['summary']['ratio/all_padding']:.2f} with all of the padding "
+        f"{padding['config']['selection_ratio']} it takes {cells['blade_sample']} of a plain step on all candidates, "
+        f"{cells['all_padding']} with all of the padding "
         "([lengths](scripts/benchmarks/README.md#rows-of-many-lengths)).",
         "",
         f"Scoring 8 × 1,024 tokens at a vocabulary of 49,152 takes {100 * memory['scoring_over_naive']:.0f} % of the peak "
