@@ -5,7 +5,7 @@ A run is killed with SIGKILL (all of its processes) at a random moment, started 
 uninterrupted run ends with, bit for bit: parameters, logged losses, and what the method has learned.
 
 A moment is drawn from the whole run (``any``), or from the writing of a checkpoint, or from the training of a reference or the
-search of a coreset (``inner``).
+search of a coreset (``inner``), or it is the one after the last checkpoint (``end``).
 """
 
 import hashlib
@@ -22,6 +22,7 @@ import traceback
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from transformers import Trainer, set_seed
 
 MODELS = {"blade": "llama", "bros": "vit", "mixture": "vit", "coreset": "vit"}
 STARTING, TRAINING, CHECKPOINT, INNER, ENDED = range(5)  # what a process says it is doing
+MODES = {"checkpoint": CHECKPOINT, "inner": INNER}
 PHASES = ("starting", "training", "checkpoint", "inner")
 MAX_STEPS, SAVE_STEPS = 10, 2
 
@@ -169,10 +171,11 @@ class Start:
             sys.stdout.flush()
             os._exit(code)
 
-    def wait_for(self, phase: int, seconds: float) -> bool:
-        """Wait until the first process is in a phase; False if it ends, or the time is over, before."""
+    def wait_for(self, mode: str, seconds: float) -> bool:
+        """Wait until the first process is where the mode says; False if it ends, or the time is over, before."""
+        last = self.folder / f"checkpoint-{MAX_STEPS}" / "trainer_state.json"
         while time.monotonic() - self.begun < seconds:
-            if self.status[0] == phase:
+            if last.exists() if mode == "end" else self.status[0] == MODES[mode]:
                 return True
             if self.status[0] == ENDED:
                 return False
@@ -240,13 +243,13 @@ def kill_and_resume(method: str, num_processes: int, num_kills: int, seed: int, 
         place, before = folder / f"run-{runs}", kills.total()
         while True:
             start = Start(method, place, num_processes)
-            mode = draw.choice(("any", "checkpoint", "inner"))
-            if mode != "any" and start.wait_for(
-                CHECKPOINT if mode == "checkpoint" else INNER, draw.random() * duration
-            ):
+            mode = draw.choice(("any", *MODES, "end"))
+            if mode == "end":
+                start.wait_for(mode, duration)
+            elif mode != "any" and start.wait_for(mode, draw.random() * duration):
                 for _ in range(draw.randrange(3)):  # not always the first of a start
                     time.sleep(draw.random() * duration / MAX_STEPS)
-                    start.wait_for(CHECKPOINT if mode == "checkpoint" else INNER, duration)
+                    start.wait_for(mode, duration)
                 time.sleep(draw.random() * 0.04)
             else:
                 time.sleep(max(0.0, draw.random() * duration - (time.monotonic() - start.begun)))
@@ -257,7 +260,7 @@ def kill_and_resume(method: str, num_processes: int, num_kills: int, seed: int, 
             if (phase := start.kill()) != ENDED:
                 kills[PHASES[phase]] += 1
         different = [key for key in expected if found[key] != expected[key]]
-        losses = [pair for pair in zip(expected["losses"], found["losses"], strict=False) if pair[0] != pair[1]]
+        losses = [pair for pair in zip_longest(expected["losses"], found["losses"]) if pair[0] != pair[1]]
         where = f"{method}, {num_processes} processes, run {runs} ({dict(kills)})"
         assert not different, f"{where}: {different} differ; losses, expected and found: {losses}"
     return {"kills": kills.total(), "during": dict(sorted(kills.items())), "runs": runs}

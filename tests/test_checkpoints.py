@@ -73,6 +73,19 @@ def test_a_checkpoint_that_is_written_again_is_not_whole_meanwhile(tmp_path: Pat
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_is_over_takes_no_further_step(method: str, tmp_path: Path) -> None:
+    """Killed after its last checkpoint, in the middle of an epoch: upstream would take one step more."""
+    first = make(tmp_path, method, max_steps=6, logging_steps=1, lr_scheduler_type="constant")
+    first.train()
+    again = make(tmp_path, method, max_steps=6, logging_steps=1, lr_scheduler_type="constant")
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 6 and first.state.epoch % 1, "it does not end with an epoch"
+    assert torch.equal(parameters_of(again), parameters_of(first))
+    logged = [[entry for entry in t.state.log_history if "loss" in entry] for t in (first, again)]
+    assert logged[0] == logged[1] and len(logged[0]) == 6
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_a_full_disk_is_said_and_earlier_checkpoints_stay(method: str, tmp_path: Path) -> None:
     trainer = make(tmp_path, method)
     identity, steps = trainer._data_identity, []

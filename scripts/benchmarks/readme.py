@@ -580,6 +580,28 @@ def coresets() -> str:
     return "\n\n".join("\n".join(lines) for lines in tables)
 
 
+def coreset_speed() -> str:
+    report = load("coreset_speed")
+    config, summary = report["config"], report["summary"]
+    lines = [
+        f"| {config['num_masks']} masks of {config['size']} of {config['num_pool']:,} rows: steps a second | on the masked pool | "
+        'one after another (`"auto"` on a CPU) | as one model | `"auto"` over masked |',
+        "|---|---|---|---|---|",
+    ]
+    titles = {"mlp": "a perceptron", "cheap": "a small convolutional network", "conv": "the paper's network"}
+    for net in config["nets"]:
+        values = [summary[f"steps_per_second/{net}/{way}"] for way in ("masked", "sequential", "batched")]
+        speeds = [f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in values]
+        lines.append(f"| {titles[net]} | {' | '.join(speeds)} | {summary[f'search_speedup/{net}']:.1f} |")
+    small, large = config["growth_sizes"]
+    lines += ["", f"| seconds for a coreset of | {small} | {large} | ratio |", "|---|---|---|---|"]
+    search = f"{config['outer_steps']} outer steps of a search"
+    for arm, title in {"pbcs": search, "greedy": "greedy bilevel (Borsos et al.), whole"}.items():
+        seconds = [f"{summary[f'seconds/{arm}/{size}']:.2f}" for size in (small, large)]
+        lines.append(f"| {title} | {' | '.join(seconds)} | {summary[f'growth/{arm}']:.1f} |")
+    return "\n".join(lines)
+
+
 def sweep() -> str:
     report = load("noisy_labels_sweep")
     summary = report["summary"]
@@ -610,6 +632,7 @@ PAGES = {
         "estimators": estimators,
         "mixtures": mixtures,
         "coresets": coresets,
+        "coreset_speed": coreset_speed,
         "sweep": sweep,
         "large_target": large_target,
         "trials": trials,
