@@ -219,11 +219,11 @@ class CheckpointMixin:
         ranks = state["ranks"]
         self._load_state(state["shared"], ranks[self.args.process_index] if any(ranks) else {})
 
-    def _init_training_state(self, max_steps: int, num_update_steps: int, num_epochs: int, *args: Any) -> tuple[int, int]:
-        """Let a run that was killed after its last checkpoint end there.
-
-        In transformers 5.23 a run of ``max_steps`` that ends within an epoch takes one step more when it is resumed.
-        """
+    def _init_training_state(
+        self, max_steps: int, num_update_steps: int, num_epochs: int, *args: Any
+    ) -> tuple[int, int]:
+        # A run that was killed after its last checkpoint is over. Where ``max_steps`` ends within an epoch, transformers 5.23
+        # would take one step more.
         begins_at = super()._init_training_state(max_steps, num_update_steps, num_epochs, *args)
         is_over = self.state.global_step >= self.state.max_steps and not self._is_off()
         return (num_epochs, 0) if is_over else begins_at
