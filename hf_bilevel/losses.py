@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto import modeling_auto
@@ -100,6 +101,12 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
+def class_of(model: nn.Module) -> type[nn.Module]:
+    """Return the class that a model was made of; FSDP2 gives a model that it shards a class of its own, with another name."""
+    kind = type(model)
+    return kind.__mro__[2] if issubclass(kind, FSDPModule) else kind
+
+
 def find_head(model: nn.Module) -> str | None:
     """Name the head of a model, or None if its per-sample loss is not known here.
 
@@ -118,7 +125,7 @@ def find_head(model: nn.Module) -> str | None:
         'image_classification'
     """
     base = unwrap(model)
-    name = type(base).__name__
+    name = class_of(base).__name__
     if name in _NOT_OF_THEIR_KIND:
         return None
     for head, names in _HEAD_NAMES.items():
@@ -272,8 +279,9 @@ def unit_losses(
     shift, ignored labels, label smoothing, packed rows, and through DDP and PEFT wrappers.
 
     With a vocabulary of at least ``LARGE_VOCABULARY`` the logits of the whole batch never exist: the hidden states before
-    the output embedding are scored in chunks, and the backward pass computes the logits of a chunk again. Two exceptions:
-    models that process the logits further (Gemma, Cohere, BART), and the first call for a model if it is with gradients.
+    the output embedding are scored in chunks, and the backward pass computes the logits of a chunk again. Three exceptions:
+    models that process the logits further (Gemma, Cohere, BART), models that FSDP2 shards, and the first call for a model if it
+    is with gradients.
 
     Args:
         model: The model, in the mode (train or eval) in which it is to be evaluated.
@@ -320,7 +328,7 @@ def unit_losses(
 
 def unsupported_head(model: nn.Module, granularity: str) -> str:
     """Say why a model has no losses of this granularity, and what to do."""
-    name = type(unwrap(model)).__name__
+    name = class_of(unwrap(model)).__name__
     if granularity == "token":
         return (
             f"`{name}` does not predict tokens, so it cannot be selected from at `granularity='token'`; heads that can: "
@@ -398,6 +406,8 @@ def _large_output_embedding(model: nn.Module, head: str) -> nn.Module | None:
     base = unwrap(model)
     if head not in LM_HEADS or getattr(base, "_bilevel_scores_logits", None) is True:
         return None
+    if isinstance(base, FSDPModule):
+        return None  # the weights are there only while FSDP2 runs the layer
     layer = base.get_output_embeddings()
     weight = getattr(layer, "weight", None)
     return layer if weight is not None and weight.shape[0] >= LARGE_VOCABULARY else None

@@ -7,15 +7,18 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 from tiny import make_dataset, make_model, make_trainer, parameters_of, wide_norms
 from transformers import Trainer, TrainerCallback, set_seed
 
@@ -28,7 +31,9 @@ from hf_bilevel import (
     CoresetTrainer,
     MixtureConfig,
     MixtureTrainer,
+    losses,
 )
+from hf_bilevel.trainers.sharding import is_sharded
 
 NUM_PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 UNEVEN = 50  # rows of a pool that no batch divides, in no number of processes; less than the run trains on
@@ -134,6 +139,27 @@ def same_on_all(tensor: torch.Tensor) -> bool:
     copies = [torch.empty_like(tensor) for _ in range(NUM_PROCESSES)]
     dist.all_gather(copies, tensor.contiguous())
     return all(torch.equal(copy, copies[0]) for copy in copies)
+
+
+@contextmanager
+def fsdp_on_cpu(layer: str, **config: Any) -> Iterator[dict[str, Any]]:
+    """Let Accelerate shard on the CPU, which its state machine keeps for accelerators: all else is FSDP2's own code, with gloo."""
+    init = AcceleratorState.__init__
+
+    def init_as_if_on_accelerators(self: AcceleratorState, *args: Any, **kwargs: Any) -> None:
+        if not AcceleratorState._shared_state:
+            PartialState(cpu=True)
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        init(self, *args, **kwargs)
+
+    AcceleratorState._reset_state(reset_partial_state=False)
+    try:
+        with patch.object(AcceleratorState, "__init__", init_as_if_on_accelerators):
+            yield {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": [layer], **config}}
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=False)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+        os.environ.pop("ACCELERATE_USE_FSDP", None)
 
 
 def passed(case: str) -> None:
@@ -296,6 +322,59 @@ def save_global_runs(folder: Path) -> None:
         torch.save(results, folder / "global.pt")
 
 
+def check_sharded(
+    folder: Path, case: str, name: str, config: Any, trainer_kwargs: Any = dict, fsdp_config: Any = None, **kwargs: Any
+) -> None:
+    """FSDP2 is DDP with the model, the reference and their optimizers in parts."""
+
+    def found(trainer: Any) -> dict[str, torch.Tensor]:
+        values = {"parameters": parameters_of(trainer)}
+        if isinstance(trainer, BladeTrainer):
+            values |= trainer.sample_tally.state_dict()
+        elif isinstance(trainer, MixtureTrainer):
+            values["weights"] = torch.tensor(list(trainer.domain_weights.values()), dtype=torch.float64)
+        else:
+            values["ids"] = trainer.selected_subset().ids
+        return values
+
+    expected = found(run(folder / "ddp", name, config, trainer_kwargs=trainer_kwargs(), **kwargs))
+    layer = {"vit": "ViTLayer", "llama": "LlamaDecoderLayer"}[name]
+    with fsdp_on_cpu(layer, **(fsdp_config or {})) as arguments:
+        kwargs |= arguments
+        trainer = run(folder / "on", name, config, trainer_kwargs=trainer_kwargs(), **kwargs)
+        assert is_sharded(trainer.model), f"{case}: nothing was sharded"
+        whole = found(trainer)
+        for key, value in whole.items() if not kwargs.get("bf16") else ():  # FSDP2 casts elsewhere than autocast
+            # AdamW amplifies the rounding of gradients that are 0 in exact arithmetic, those of the keys' biases.
+            tolerance = 1e-4 if key == "parameters" else 1e-5
+            torch.testing.assert_close(
+                value, expected[key], rtol=0, atol=tolerance, msg=lambda text, k=key: f"{case}, {k}: {text}"
+            )
+        dist.barrier()
+        for number in (2, 4):
+            resume = folder / "on" / f"checkpoint-{number}"
+            resumed = found(run(folder / "resumed", name, config, resume, trainer_kwargs(), **kwargs))
+            for key, value in resumed.items():
+                assert torch.equal(value, whole[key]), f"{case}: the {key} resumed from {number} differ"
+        torn = folder / "on" / "checkpoint-6"
+        parts = (torn / "optimizer.bin", torn / "optimizer_0" / ".metadata")
+        (part,) = (part for part in parts if part.exists())
+        dist.barrier()
+        if dist.get_rank() == 0:
+            part.unlink()
+        dist.barrier()
+        resumed = run(folder / "on", name, config, True, trainer_kwargs(), **kwargs)
+        for key, value in found(resumed).items():
+            assert torch.equal(value, whole[key]), f"{case}: the {key} resumed from the newest whole checkpoint differ"
+    passed(case)
+
+
+def check_large_vocabulary(folder: Path, case: str) -> None:
+    """Losses in chunks of the output embedding need its weights after its forward pass, which a sharded model does not have."""
+    with patch.object(losses, "LARGE_VOCABULARY", 10), patch.object(losses, "CHUNK", 480):
+        check_sharded(folder, case, name="llama", config=BladeConfig(**ON))
+
+
 def check_uneven(folder: Path, case: str) -> None:
     """The last batch of an epoch is filled up from its beginning, as the plain Trainer does: no process waits for another."""
     for config in (
@@ -358,6 +437,29 @@ CASES: dict[str, Callable[[Path, str], None]] = {
 }
 
 
+SHARDED_CASES: dict[str, Callable[[Path, str], None]] = {
+    "fsdp vit": partial(check_sharded, name="vit", config=BladeConfig(**ON)),
+    "fsdp llama": partial(check_sharded, name="llama", config=BladeConfig(**ON)),
+    "fsdp static": partial(
+        check_sharded,
+        name="vit",
+        config=BladeConfig(selection_ratio=0.5, reference="static"),
+        trainer_kwargs=lambda: {"reference_model": make_model("vit", dropout=0.2)},
+    ),
+    "fsdp parts": partial(
+        check_sharded,
+        name="llama",
+        config=BladeConfig(**ON),
+        bf16=True,
+        fsdp_config={"state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": True},
+    ),
+    "fsdp rows": partial(check_sharded, name="llama", config=BladeConfig(**ON, granularity="sample")),
+    "fsdp large vocabulary": check_large_vocabulary,
+    "fsdp mixture": partial(check_sharded, name="vit", config=MixtureConfig(**MIXTURE_ON)),
+    "fsdp coreset": partial(check_sharded, name="vit", config=CoresetConfig(**CORESET_ON)),
+}
+
+
 def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -365,7 +467,7 @@ def main() -> None:
     if wanted == ["one fails"]:
         fail_on_one(folder, *wanted)
     for case in wanted or CASES:
-        CASES[case](folder / case, case)
+        (CASES | SHARDED_CASES)[case](folder / case, case)
     if not wanted:
         save_global_runs(folder)
     dist.barrier()

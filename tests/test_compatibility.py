@@ -1,5 +1,6 @@
 """Cells of docs/compatibility.md that no other test shows: each method with a feature of the Trainer, or its refusal."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from hf_bilevel import BladeMixin, BrosMixin, CoresetMixin, MixtureConfig, MixtureMixin, MixtureTrainer
+from hf_bilevel.trainers import coreset, reference
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The subspaces of"),
@@ -38,20 +40,88 @@ def train(method: str, name: str, folder: Path, **kwargs: Any) -> torch.Tensor:
 # Where it runs --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
-def test_sharded_models_are_refused(method: str, engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The flag is the one that Trainer sets; the engines themselves need accelerators."""
+@pytest.fixture
+def enable(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Set the flags that Trainer sets for FSDP and DeepSpeed; test_distributed.py shards for real."""
     create = Trainer.create_accelerator_and_postprocess
 
-    def create_and_say_so(self: Trainer) -> None:
-        create(self)
-        setattr(self, f"is_{engine}_enabled", True)
+    def enable(engine: str, version: int = 2) -> None:
+        def create_and_say_so(self: Trainer) -> None:
+            create(self)
+            setattr(self, f"is_{engine}_enabled", True)
+            monkeypatch.setattr(type(self.accelerator), "is_fsdp2", version == 2)
 
-    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", create_and_say_so)
-    with pytest.raises(ValueError, match="is not tested with FSDP or DeepSpeed yet .* Use one device or DDP"):
+        monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", create_and_say_so)
+
+    return enable
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_zero_is_refused(method: str, tmp_path: Path, enable: Callable[..., None]) -> None:
+    enable("deepspeed")
+    way_out = "Use one device or DDP" if method == "bros" else "Use FSDP2"
+    with pytest.raises(ValueError, match=f"is not tested with DeepSpeed and refuses .* {way_out}"):
         build(method, "vit", tmp_path)
     build(method, "vit", tmp_path, on=False)  # the plain Trainer, wherever that runs
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fsdp_of_the_first_version_is_refused(method: str, tmp_path: Path, enable: Callable[..., None]) -> None:
+    enable("fsdp", version=1)
+    message = "FSDP shards: a random subspace" if method == "bros" else "runs with FSDP2 only. Set `fsdp_config"
+    with pytest.raises(ValueError, match=message):
+        build(method, "vit", tmp_path)
+    build(method, "vit", tmp_path, on=False)
+
+
+REFUSED_WITH_FSDP = {
+    "subspaces": (
+        "bros",
+        {},
+        {},
+        "does not train a model that FSDP shards: a random subspace .* Use one device or DDP",
+    ),
+    "a reference elsewhere": (
+        "blade",
+        {"reference_device": "cpu"},
+        {},
+        "`reference_device` must be \"auto\", got 'cpu'",
+    ),
+    "a reference in another dtype": ("blade", {"reference_dtype": "bfloat16"}, {}, '`reference_dtype` must be "auto"'),
+    "a restart": ("blade", {}, {"auto_find_batch_size": True}, "cannot be copied for a reference. Set `per_device"),
+    "gradients": ("mixture", {"hypergradient": "alignment", "reference_steps": "auto"}, {}, 'Use "penalty", or DDP'),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_WITH_FSDP)
+def test_what_a_sharded_model_cannot_do_is_refused(case: str, tmp_path: Path, enable: Callable[..., None]) -> None:
+    enable("fsdp")
+    method, settings, arguments, message = REFUSED_WITH_FSDP[case]
+    with pytest.raises(ValueError, match=message):
+        build(method, "vit", tmp_path, settings=settings, **arguments)
+
+
+def test_a_second_adapter_is_not_sharded(tmp_path: Path, enable: Callable[..., None]) -> None:
+    enable("fsdp")
+    model = get_peft_model(make_model("llama"), LoraConfig(r=4, target_modules=["q_proj"]))
+    with pytest.raises(
+        ValueError, match="a second adapter, which is not tested with FSDP. Use DDP, or `reference='static'`"
+    ):
+        build("blade", "llama", tmp_path, model=model)
+
+
+def test_a_model_that_is_sharded_already_is_neither_copied_nor_searched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for method, module, message in (
+        ("blade", reference, "sharded the model already.* Build a new trainer"),
+        ("coreset", coreset, "sharded the model that the search trains.* Search before training, or .*`search_model`"),
+    ):
+        trainer = build(method, "vit", tmp_path)
+        trainer.is_fsdp_enabled = True
+        monkeypatch.setattr(module, "is_sharded", lambda model: True)
+        with pytest.raises(ValueError, match=message):
+            trainer.train()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -277,9 +347,9 @@ def test_a_loss_function_of_ones_own_with_drawn_domains(tmp_path: Path) -> None:
     assert max(abs(weight - 1 / 3) for weight in trainer.domain_weights.values()) > 1e-3
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("method", ["blade", "coreset"])
-def test_steps_that_overflow_in_fp16_are_skipped(method: str, tmp_path: Path) -> None:
+def test_steps_that_overflow_in_fp16_are_skipped(method: str, device: str, tmp_path: Path) -> None:
     """The scaler starts so high that the first gradients overflow; the weights stay finite, and training goes on below it."""
     settings = {"reference": "static", "sync_steps": "auto", "reference_steps": "auto", "penalty": 0.0}
     trainer = build(
@@ -287,15 +357,19 @@ def test_steps_that_overflow_in_fp16_are_skipped(method: str, tmp_path: Path) ->
         "vit",
         tmp_path,
         fp16=True,
-        use_cpu=False,
+        use_cpu=device == "cpu",
         max_steps=24,
         settings=settings if method == "blade" else {},
         trainer_kwargs={"reference_model": make_model("vit", dropout=0.1), "target_dataset": None}
         if method == "blade"
         else {},
     )
-    trainer.accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)
+    trainer.accelerator.scaler = torch.amp.GradScaler(device, init_scale=2.0**24)
+    trainer.accelerator.native_amp = True  # Accelerate ignores fp16 on a CPU, which computes in it all the same
+    half: list[bool] = []
+    trainer.model.classifier.register_forward_hook(lambda m, args, output: half.append(output.dtype == torch.float16))
     before = parameters_of(trainer)
     trainer.train()
-    assert trainer.accelerator.scaler.get_scale() < 2.0**40, "no step overflowed"
+    assert any(half), "nothing was computed in fp16"
+    assert trainer.accelerator.scaler.get_scale() < 2.0**24, "no step overflowed"
     assert parameters_of(trainer).isfinite().all() and not torch.equal(parameters_of(trainer).cpu(), before.cpu())

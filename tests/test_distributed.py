@@ -16,6 +16,7 @@ from several_processes import (
     GLOBAL_RUNS,
     MIXTURE_ON,
     ON,
+    SHARDED_CASES,
     TRAINERS,
     variables,
 )
@@ -65,6 +66,11 @@ def test_four_processes(tmp_path: Path) -> None:
         "disagreement",
     )
     assert_passed(start(4, str(tmp_path), *cases), cases)
+
+
+@pytest.mark.slow
+def test_models_that_fsdp_shards(tmp_path: Path) -> None:
+    assert_passed(start(2, str(tmp_path), *SHARDED_CASES), SHARDED_CASES)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.distributed.tensor import DTensor
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -113,4 +114,6 @@ def make_trainer(
 
 
 def parameters_of(trainer: Trainer) -> torch.Tensor:
-    return torch.cat([p.detach().flatten().float() for p in trainer.model.parameters()])
+    parameters = (p.detach() for p in trainer.model.parameters())
+    whole = (p.full_tensor() if isinstance(p, DTensor) else p for p in parameters)
+    return torch.cat([p.flatten().float() for p in whole])

@@ -32,12 +32,13 @@ from hf_bilevel.data import (
     private_randomness,
     read_domains,
 )
-from hf_bilevel.losses import IGNORE_INDEX, SampleLossFunction, UnitLosses, evaluating, unit_losses
+from hf_bilevel.losses import IGNORE_INDEX, SampleLossFunction, UnitLosses, class_of, evaluating, unit_losses
 from hf_bilevel.subset import SelectedSubset, dataset_facts, ranking_facts
 from hf_bilevel.trainers.agreement import AgreementCallback
 from hf_bilevel.trainers.checkpoints import CheckpointMixin, versions
 from hf_bilevel.trainers.config import BilevelConfig
 from hf_bilevel.trainers.cost import Load
+from hf_bilevel.trainers.sharding import is_sharded
 
 CONFIG_NAME = "bilevel_config.json"
 FACTS_NAME = "bilevel_facts.json"
@@ -65,6 +66,7 @@ class BilevelMixin(CheckpointMixin):
 
     method: ClassVar[str]
     config_class: ClassVar[type[BilevelConfig]]
+    _why_not_sharded: ClassVar[str | None] = None
     _losses_are_for: ClassVar[str] = "ranked by"
 
     def __init__(
@@ -166,11 +168,18 @@ class BilevelMixin(CheckpointMixin):
                 f"{type(self).__name__} does not run a model that `device_map` spreads over several devices. Load it on one "
                 "device, with LoRA or gradient checkpointing to save memory."
             )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        whole = "Use one device or DDP, with gradient checkpointing to save memory."
+        if self.is_deepspeed_enabled:
             raise ValueError(
-                f"{type(self).__name__} is not tested with FSDP or DeepSpeed yet and refuses to train on the wrong thing. "
-                "Use one device or DDP, with a PEFT model or gradient checkpointing to save memory."
+                f"{type(self).__name__} is not tested with DeepSpeed and refuses to train on the wrong thing. "
+                + (whole if self._why_not_sharded else "Use FSDP2, which shards the model likewise, or DDP.")
             )
+        if self.is_fsdp_enabled and self._why_not_sharded:
+            raise ValueError(
+                f"{type(self).__name__} does not train a model that FSDP shards: {self._why_not_sharded}. {whole}"
+            )
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise ValueError(f'{type(self).__name__} runs with FSDP2 only. Set `fsdp_config={{"version": 2}}`.')
 
     def _begin_training(self) -> None:
         """Reset the method's state; called at every start of the training loop, restarts included."""
@@ -388,6 +397,8 @@ class BilevelMixin(CheckpointMixin):
         )
         if dataset is None or dataset is self.train_dataset and self._is_stream or not own_loss:
             return
+        if is_sharded(self.model) or self.is_fsdp_enabled and not self.is_world_process_zero():
+            return  # other processes may get their weights from the first one only when FSDP shards the model
         prepared, collator = self._collator_for(dataset)
         with private_randomness(derive_seed(self._seed), self.args.device), self._scoring(), evaluating(self.model):
             batch = collator(fetch(prepared, range(min(4, len(prepared)))))
@@ -433,7 +444,8 @@ class BilevelMixin(CheckpointMixin):
     def _state_of_all_processes(self) -> dict[str, Any]:
         """Collect what must be the same on all processes between two optimizer steps."""
         return {
-            "model": dict(self.model.named_parameters()),
+            # Of a model that is sharded each process has another part.
+            "model": {} if self.is_fsdp_enabled else dict(self.model.named_parameters()),
             self.method: {} if self._is_off() else self._shared_state(),
         }
 
@@ -605,7 +617,7 @@ class BilevelMixin(CheckpointMixin):
 
     def _model_name(self) -> str:
         """Name the model as a reader elsewhere can: a local folder by its own name only, one without a name by its class."""
-        name = getattr(getattr(self.model, "config", None), "_name_or_path", "") or type(self.model).__name__
+        name = getattr(getattr(self.model, "config", None), "_name_or_path", "") or class_of(self.model).__name__
         return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
 
     def _last_metrics(self) -> dict[str, float]:

@@ -418,7 +418,7 @@ class BladeMixin(ReferenceMixin):
             Of each batch ``row_lengths``, on the CPU; or None where a model is compiled for one width, and where all processes
             have to call it equally often.
         """
-        if self.args.torch_compile or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.args.torch_compile or self.is_fsdp_enabled:
             return [None] * len(batches)
         found = [row_lengths(batch, size) for batch, size in zip(batches, sizes, strict=True)]
         if any(lengths is None for lengths in found):

@@ -266,6 +266,7 @@ class BrosMixin(BilevelMixin):
     method = "bros"
     config_class = BrosConfig
     _losses_are_for = "trained with"
+    _why_not_sharded = "a random subspace is one of a whole matrix, of which no process has more than a part"
 
     def __init__(self, *args: Any, sample_weights: SampleWeights | Tensor | None = None, **kwargs: Any) -> None:
         self._pending: deque[Origin] = deque()  # of the micro-batches of this step that are still to come

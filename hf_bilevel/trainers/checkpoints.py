@@ -12,7 +12,10 @@ from typing import Any, ClassVar
 
 import datasets
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
+from accelerate.utils.constants import FSDP_MODEL_NAME
+from accelerate.utils.constants import OPTIMIZER_NAME as FSDP_OPTIMIZER_NAME
 from torch import nn
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -35,6 +38,8 @@ class CheckpointMixin:
 
     method: ClassVar[str]
     bilevel_config: BilevelConfig
+    accelerator: Accelerator
+    is_fsdp_enabled: bool
     _resumed_state: dict[str, Any] | None = None  # while training begins
 
     # What a method defines ------------------------------------------------------------------------------------------
@@ -162,7 +167,7 @@ class CheckpointMixin:
                 f"`{path}` holds the state of {len(ranks)} processes, this run has {self.args.world_size}. Resume with "
                 f"{len(ranks)} processes."
             )
-        files = [OPTIMIZER_NAME, SCHEDULER_NAME]
+        files = [SCHEDULER_NAME, *self._optimizer_files(checkpoint)]
         if len(ranks) == self.args.world_size:  # with another number the random numbers are others in any case
             files.append("rng_state.pth" if len(ranks) == 1 else f"rng_state_{self.args.process_index}.pth")
         for name in files:
@@ -173,6 +178,19 @@ class CheckpointMixin:
                     f"`{checkpoint / name}` is missing or torn: the checkpoint was not written to its end."
                 )
         return state
+
+    def _optimizer_files(self, checkpoint: Path) -> list[str]:
+        """Name the files of the optimizer, and of a model that FSDP shards, and refuse folders of parts that are not whole."""
+        if not self.is_fsdp_enabled:
+            return [OPTIMIZER_NAME]
+        if self.accelerator.state.fsdp_plugin.state_dict_type.name == "FULL_STATE_DICT":
+            return [f"{FSDP_MODEL_NAME}.bin", f"{FSDP_OPTIMIZER_NAME}.bin"]
+        for name in (f"{FSDP_MODEL_NAME}_0", f"{FSDP_OPTIMIZER_NAME}_0"):
+            if not (checkpoint / name / ".metadata").is_file():  # which is written when all parts are
+                raise ValueError(
+                    f"`{checkpoint / name}` is missing or torn: the checkpoint was not written to its end."
+                )
+        return []
 
     # Writing --------------------------------------------------------------------------------------------------------
 

@@ -52,6 +52,7 @@ from hf_bilevel.trainers.config import BilevelConfig
 from hf_bilevel.trainers.cost import TRAINING, Load
 from hf_bilevel.trainers.domain_evaluation import DomainEvaluationMixin
 from hf_bilevel.trainers.reference import ReferenceMixin, has_forward_of_its_own
+from hf_bilevel.trainers.sharding import gathered, spread_state
 
 MIXTURE_NAME = "mixture.json"
 
@@ -313,6 +314,10 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
 
     def _check_learning(self) -> None:
         config = self.bilevel_config
+        if self.is_fsdp_enabled and config.hypergradient != "penalty":
+            raise ValueError(
+                f'`hypergradient={config.hypergradient!r}` takes gradients that FSDP does not bring together. Use "penalty", or DDP.'
+            )
         self._check_target_dataset()
         if config.hypergradient == "penalty":
             self._check_reference("dynamic")
@@ -604,7 +609,7 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
     def _reference_optimizer(self, reference: nn.Module) -> torch.optim.Optimizer:
         optimizer = self._fresh_optimizer(reference)
         # Of the optimizer itself: a loaded state is shared with what it was loaded from.
-        optimizer.load_state_dict(copy.deepcopy(self._twin["optimizer"]))
+        optimizer.load_state_dict(spread_state(copy.deepcopy(self._twin["optimizer"]), optimizer))
         return optimizer
 
     def _twin_gaps(self, step: int) -> Tensor:
@@ -679,11 +684,20 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
     def _domain_losses(self, model: nn.Module, probe: list[tuple[Any, Tensor]]) -> Tensor:
         """Measure the mean loss of every domain's units, over all processes; ``(M,)``, NaN where there are none."""
         totals = torch.zeros(2, len(self.domain_names), device=self.args.device)
+        missing = self._passes_of_others(len(probe))
         with self._scoring(), evaluating(model):
             for batch, domain_ids in probe:
                 units = self._losses(model, self._prepare_inputs(batch))
                 totals += self._by_domain(units.losses, units.counts, domain_ids)
+            for _ in range(missing):
+                self._losses(model, self._prepare_inputs(probe[0][0]))
         return self._quotient(totals)
+
+    def _passes_of_others(self, num_passes: int) -> int:
+        """Count the forward passes that another process makes beyond this one's; all make them where FSDP shards the model."""
+        if not self.is_fsdp_enabled:
+            return 0
+        return int(self.accelerator.gather(torch.tensor([num_passes], device=self.args.device)).max()) - num_passes
 
     def _by_domain(self, values: Tensor, counts: Tensor, domain_ids: Tensor) -> Tensor:
         num = len(self.domain_names)
@@ -964,8 +978,9 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
         if self._learns():
             state["target_position"] = self._target_loader.position
             state["reference"] = {} if self.reference is None else self._reference_state()
-            state["twin_optimizer"] = None if self._twin is None else _on_cpu(self._twin["optimizer"])
-            state["tape"] = [_on_cpu({"weights": e["weights"], "rates": e["rates"]}) for e in self._tape]
+            keep = self.args.should_save or self.bilevel_config.check_processes
+            state["twin_optimizer"] = None if self._twin is None else gathered(self._twin["optimizer"], keep)
+            state["tape"] = [gathered({"weights": e["weights"], "rates": e["rates"]}) for e in self._tape]
         return state
 
     def _rank_state(self) -> dict[str, Any]:
@@ -973,8 +988,8 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
             return {}
         state: dict[str, Any] = {"recent": [plain_copy(entry) for entry in self._recent]}
         if self._twin is not None:
-            state["twin_steps"] = [_on_cpu(plain_copy(entry)) for entry in self._twin["steps"]]
-        state["tape"] = [_on_cpu([_plain_tape(batch) for batch in entry["batches"]]) for entry in self._tape]
+            state["twin_steps"] = [gathered(plain_copy(entry)) for entry in self._twin["steps"]]
+        state["tape"] = [gathered([_plain_tape(batch) for batch in entry["batches"]]) for entry in self._tape]
         return state
 
     def _load_state(self, shared: dict[str, Any], rank: dict[str, Any]) -> None:
@@ -1088,17 +1103,6 @@ def _join(given: Mapping[str, Any]) -> tuple[Any, tuple[Tensor | None, list[str]
     if parts and all(isinstance(part, datasets.Dataset) for part in parts):
         return datasets.concatenate_datasets(parts), (ids, names)
     return ConcatDataset(parts), (ids, names)
-
-
-def _on_cpu(value: Any) -> Any:
-    """Copy tensors of nested containers to the CPU; everything else stays."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: _on_cpu(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_on_cpu(entry) for entry in value)
-    return value
 
 
 def _plain_tape(batch: tuple) -> list[Any]:

@@ -1,6 +1,6 @@
 """The reference model beside the model being trained, and its training.
 
-A copy of the model for full fine-tuning, a second adapter for PEFT models.
+A copy of the model for full fine-tuning, a second adapter for PEFT models, a sharded copy with FSDP2.
 """
 
 import copy
@@ -13,11 +13,15 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import fsdp2_prepare_model
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from hf_bilevel.data import EndlessLoader, derive_seed, plain_copy
 from hf_bilevel.trainers.base import BilevelMixin
+from hf_bilevel.trainers.sharding import gathered, is_sharded, reshard, spread_like
 
 ADAPTER_NAME = "bilevel_reference"
 
@@ -71,19 +75,8 @@ class ReferenceCopy:
 
     @classmethod
     def of(cls, model: nn.Module, dtype: torch.dtype | None, device: torch.device, parked: bool) -> "ReferenceCopy":
-        """Copy a model. A ``forward`` that was put on it runs that very model: the copy has its own."""
-        patches = {name: vars(model).pop(name) for name in ("forward", "_original_forward") if name in vars(model)}
-        try:
-            weights = copy.deepcopy(model)
-        finally:
-            vars(model).update(patches)
-        # Accelerate's autocast stays with the original. A method that somebody bound is bound to the copy, unless it holds on to
-        # the original, as that of TRL does for its fused output embedding: the copy then has the forward of its class.
-        patch = patches.get("_original_forward", patches.get("forward"))
-        bound = getattr(patch, "__self__", None) is model and patch.__func__ is not type(model).forward
-        if bound and not _holds(patch.__func__, model):
-            weights.forward = types.MethodType(patch.__func__, weights)
-        return cls(model, weights, dtype, device, parked)
+        """Copy a model."""
+        return cls(model, copy_of(model), dtype, device, parked)
 
     def _settle(self) -> None:
         """Bring the weights to their place and dtype between uses."""
@@ -127,6 +120,55 @@ class ReferenceCopy:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:  # noqa: D102
         self.module.load_state_dict(state)
+
+    def remove(self) -> None:  # noqa: D102
+        pass
+
+
+class ShardedReference:
+    """A second model of which FSDP2 gives each process a part, like the model being trained.
+
+    Args:
+        model: The model to synchronise with, which Accelerate shards before training. Ignored by a static reference.
+        weights: The module that holds the reference's weights; whole, or sharded by an earlier run.
+        accelerator: The Trainer's, which says how to shard.
+        keep: Whether this process wants ``state_dict``.
+
+    Traffic: the parameters in each forward and each backward pass, as for the model.
+    """
+
+    def __init__(self, model: nn.Module, weights: nn.Module, accelerator: Accelerator, keep: bool) -> None:
+        self.model = model
+        self.module = fsdp2_prepare_model(accelerator, weights).eval()
+        self.keep = keep
+
+    def synchronise(self) -> None:  # noqa: D102
+        reshard(self.model)
+        reshard(self.module)
+        with torch.no_grad():
+            for target, source in zip(_tensors(self.module), _tensors(self.model), strict=True):
+                target.copy_(source)
+
+    @contextmanager
+    def active(self, training: bool = False) -> Iterator[nn.Module]:  # noqa: D102
+        # Never frozen: FSDP2 remembers from the first forward pass which parameters have gradients.
+        if training:
+            reshard(self.module)
+        self.module.train(training)
+        try:
+            yield self.module
+        finally:
+            self.module.eval()
+
+    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+        reshard(self.module)
+        return gathered(dict(self.module.state_dict()), self.keep)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:  # noqa: D102
+        reshard(self.module)
+        with torch.no_grad():
+            for name, target in self.module.state_dict().items():
+                target.copy_(spread_like(state[name], target))
 
     def remove(self) -> None:  # noqa: D102
         pass
@@ -233,6 +275,22 @@ def check_adapter(model: Any) -> None:
         )
 
 
+def copy_of(model: nn.Module) -> nn.Module:
+    """Copy a model. A ``forward`` that was put on it runs that very model: the copy has its own."""
+    patches = {name: vars(model).pop(name) for name in ("forward", "_original_forward") if name in vars(model)}
+    try:
+        copied = copy.deepcopy(model)
+    finally:
+        vars(model).update(patches)
+    # Accelerate's autocast stays with the original. A method that somebody bound is bound to the copy, unless it holds on to
+    # the original, as that of TRL does for its fused output embedding: the copy then has the forward of its class.
+    patch = patches.get("_original_forward", patches.get("forward"))
+    bound = getattr(patch, "__self__", None) is model and patch.__func__ is not type(model).forward
+    if bound and not _holds(patch.__func__, model):
+        copied.forward = types.MethodType(patch.__func__, copied)
+    return copied
+
+
 def is_peft_model(model: nn.Module) -> bool:
     """Say whether adapters are attached by PEFT's wrapper."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
@@ -271,6 +329,8 @@ class ReferenceMixin(BilevelMixin):
     def _check_reference(self, kind: str) -> None:
         """Refuse what cannot serve as a reference of this kind: "dynamic", "static" or "none"."""
         config = self.bilevel_config
+        if kind != "none" and self.is_fsdp_enabled:
+            self._check_sharded_reference(kind)
         if kind == "static":
             if self.reference_model is None:
                 raise ValueError(
@@ -301,6 +361,25 @@ class ReferenceMixin(BilevelMixin):
                         stacklevel=5,
                     )
 
+    def _check_sharded_reference(self, kind: str) -> None:
+        config = self.bilevel_config
+        for name in ("reference_dtype", "reference_device"):
+            if getattr(config, name) != "auto":
+                raise ValueError(
+                    f'With FSDP the reference is sharded like the model, so `{name}` must be "auto", got '
+                    f"{getattr(config, name)!r}. Choose dtypes and offloading for both in `fsdp_config`."
+                )
+        if kind == "dynamic" and is_peft_model(self.model):
+            raise ValueError(
+                "The dynamic reference of a PEFT model is a second adapter, which is not tested with FSDP. Use DDP, or "
+                "`reference='static'` with a `reference_model`."
+            )
+        if kind == "dynamic" and self.args.auto_find_batch_size:
+            raise ValueError(
+                "`auto_find_batch_size` starts training again with a model that FSDP has sharded by then, which cannot be copied for "
+                "a reference. Set `per_device_train_batch_size`."
+            )
+
     def _begin_reference(self, kind: str) -> None:
         """Set up the reference and its data at the start of a run."""
         config, device = self.bilevel_config, self.args.device
@@ -312,19 +391,32 @@ class ReferenceMixin(BilevelMixin):
             return
         dtype = None if config.reference_dtype == "auto" else getattr(torch, config.reference_dtype)
         parked = config.reference_device == "cpu"
-        if kind == "static":
+        if self.is_fsdp_enabled:
+            weights = self.reference_model if kind == "static" else self._whole_copy()
+            keep = self.args.should_save or config.check_processes
+            self.reference = ShardedReference(self.model, weights, self.accelerator, keep)
+        elif kind == "static":
             self.reference = ReferenceCopy(self.model, self.reference_model, dtype, device, parked)
-            return
-        if is_peft_model(self.model):
+        elif is_peft_model(self.model):
             self.reference = ReferenceAdapter(self.model)
         else:
             self.reference = ReferenceCopy.of(self.model, dtype, device, parked)
+        if kind == "static":
+            return
         target_batch_size = config.target_batch_size or self._candidate_batch_size
         if self.args.auto_find_batch_size:
             target_batch_size = min(target_batch_size, self._candidate_batch_size)
         self._target_loader = self._endless_loader(self.target_dataset, target_batch_size, _TARGET_STREAM)
         if not self._is_stream:
             self._pool_loader = self._endless_loader(self.train_dataset, self._candidate_batch_size, _POOL_STREAM)
+
+    def _whole_copy(self) -> nn.Module:
+        if is_sharded(self.model):
+            raise ValueError(
+                "FSDP has sharded the model already, in an earlier `train()` or while it was loaded, and it can then not be copied for "
+                "a reference. Build a new trainer with a model that is whole."
+            )
+        return copy_of(self.model)
 
     def _end_training(self) -> None:
         if self.reference is not None:
@@ -421,7 +513,7 @@ class ReferenceMixin(BilevelMixin):
 
     def _step_reference(self, reference: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         parameters = [p for p in reference.parameters() if p.requires_grad and p.grad is not None]
-        if self.args.world_size > 1:  # the reference is not wrapped in DDP
+        if self.args.world_size > 1 and not self.is_fsdp_enabled:  # the reference is not wrapped in DDP
             for parameter in parameters:
                 parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
         if self.args.max_grad_norm:
@@ -461,8 +553,11 @@ class ReferenceMixin(BilevelMixin):
         self._recent.extend(rank.get("recent", ()))
 
     def _reference_fingerprint(self) -> float:
-        parameters = self.reference_model.parameters()
-        return float(sum(p.detach().double().abs().sum().cpu() for p in parameters))
+        reshard(self.reference_model)
+        parameters = [p.detach() for p in self.reference_model.parameters()]
+        parts = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+        total = torch.stack([part.double().abs().sum() for part in parts]).sum()
+        return float(self.accelerator.reduce(total) if self.is_fsdp_enabled else total)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if isinstance(self.reference, ReferenceAdapter):
