@@ -96,7 +96,8 @@ class UnitLosses:
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the model without data-parallel and PEFT wrappers: the one whose class names the head."""
     # Asked several times a step, and accelerate's function walks all modules, so only for what is wrapped.
-    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or hasattr(model, "_orig_mod"):
+    wrapped = isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or hasattr(model, "_orig_mod")
+    if wrapped or type(model).__name__ == "DeepSpeedEngine":
         model = extract_model_from_parallel(model, keep_fp32_wrapper=True)
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 

@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from hf_bilevel import (
     MixtureTrainer,
     losses,
 )
-from hf_bilevel.trainers.sharding import is_sharded
+from hf_bilevel.trainers.sharding import is_partitioned, is_sharded
 
 NUM_PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 UNEVEN = 50  # rows of a pool that no batch divides, in no number of processes; less than the run trains on
@@ -322,51 +322,98 @@ def save_global_runs(folder: Path) -> None:
         torch.save(results, folder / "global.pt")
 
 
+def whole_weights(model: torch.nn.Module) -> Any:
+    """Let a model that ZeRO-3 keeps in parts be read."""
+    if not is_partitioned(model):
+        return nullcontext()
+    import deepspeed
+
+    assert all(p.numel() == 0 for p in model.parameters()), "nothing is in parts"
+    return deepspeed.zero.GatheredParameters(list(model.parameters()))
+
+
+def found(trainer: Any) -> dict[str, torch.Tensor]:
+    """What a run ends with."""
+    with whole_weights(trainer.model):
+        values = {"parameters": parameters_of(trainer)}
+    if isinstance(trainer, BladeTrainer):
+        values |= trainer.sample_tally.state_dict()
+    elif isinstance(trainer, MixtureTrainer):
+        values["weights"] = torch.tensor(list(trainer.domain_weights.values()), dtype=torch.float64)
+    else:
+        values["ids"] = trainer.selected_subset().ids
+    return values
+
+
+def check_parts(
+    folder: Path,
+    case: str,
+    expected: dict[str, torch.Tensor] | None,
+    part: str,
+    resumed_from: tuple[int, ...],
+    run: Any,
+) -> None:
+    """Compare a model in parts with one that is whole, its run with resumed ones, and tear the newest checkpoint."""
+    trainer = run(folder / "on")
+    whole = found(trainer)
+    for key, value in whole.items() if expected is not None else ():
+        # AdamW amplifies the rounding of gradients that are 0 in exact arithmetic, those of the keys' biases.
+        tolerance = 1e-4 if key == "parameters" else 1e-5
+        torch.testing.assert_close(
+            value, expected[key], rtol=0, atol=tolerance, msg=lambda text, k=key: f"{case}, {k}: {text}"
+        )
+    dist.barrier()
+    for number in resumed_from:
+        resumed = found(run(folder / "resumed", folder / "on" / f"checkpoint-{number}"))
+        for key, value in resumed.items():
+            assert torch.equal(value, whole[key]), f"{case}: the {key} resumed from {number} differ"
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (folder / "on" / "checkpoint-6" / part).unlink()
+    dist.barrier()
+    for key, value in found(run(folder / "on", True)).items():
+        assert torch.equal(value, whole[key]), f"{case}: the {key} resumed from the newest whole checkpoint differ"
+    passed(case)
+
+
 def check_sharded(
     folder: Path, case: str, name: str, config: Any, trainer_kwargs: Any = dict, fsdp_config: Any = None, **kwargs: Any
 ) -> None:
     """FSDP2 is DDP with the model, the reference and their optimizers in parts."""
-
-    def found(trainer: Any) -> dict[str, torch.Tensor]:
-        values = {"parameters": parameters_of(trainer)}
-        if isinstance(trainer, BladeTrainer):
-            values |= trainer.sample_tally.state_dict()
-        elif isinstance(trainer, MixtureTrainer):
-            values["weights"] = torch.tensor(list(trainer.domain_weights.values()), dtype=torch.float64)
-        else:
-            values["ids"] = trainer.selected_subset().ids
-        return values
-
     expected = found(run(folder / "ddp", name, config, trainer_kwargs=trainer_kwargs(), **kwargs))
+    part = "optimizer_0/.metadata" if fsdp_config else "optimizer.bin"
     layer = {"vit": "ViTLayer", "llama": "LlamaDecoderLayer"}[name]
     with fsdp_on_cpu(layer, **(fsdp_config or {})) as arguments:
-        kwargs |= arguments
-        trainer = run(folder / "on", name, config, trainer_kwargs=trainer_kwargs(), **kwargs)
-        assert is_sharded(trainer.model), f"{case}: nothing was sharded"
-        whole = found(trainer)
-        for key, value in whole.items() if not kwargs.get("bf16") else ():  # FSDP2 casts elsewhere than autocast
-            # AdamW amplifies the rounding of gradients that are 0 in exact arithmetic, those of the keys' biases.
-            tolerance = 1e-4 if key == "parameters" else 1e-5
-            torch.testing.assert_close(
-                value, expected[key], rtol=0, atol=tolerance, msg=lambda text, k=key: f"{case}, {k}: {text}"
-            )
-        dist.barrier()
-        for number in (2, 4):
-            resume = folder / "on" / f"checkpoint-{number}"
-            resumed = found(run(folder / "resumed", name, config, resume, trainer_kwargs(), **kwargs))
-            for key, value in resumed.items():
-                assert torch.equal(value, whole[key]), f"{case}: the {key} resumed from {number} differ"
-        torn = folder / "on" / "checkpoint-6"
-        parts = (torn / "optimizer.bin", torn / "optimizer_0" / ".metadata")
-        (part,) = (part for part in parts if part.exists())
-        dist.barrier()
-        if dist.get_rank() == 0:
-            part.unlink()
-        dist.barrier()
-        resumed = run(folder / "on", name, config, True, trainer_kwargs(), **kwargs)
-        for key, value in found(resumed).items():
-            assert torch.equal(value, whole[key]), f"{case}: the {key} resumed from the newest whole checkpoint differ"
-    passed(case)
+
+        def run_sharded(place: Path, resume: Path | bool | None = None) -> Any:
+            trainer = run(place, name, config, resume, trainer_kwargs(), **kwargs, **arguments)
+            assert is_sharded(trainer.model), f"{case}: nothing was sharded"
+            return trainer
+
+        # FSDP2 casts elsewhere than autocast.
+        check_parts(folder, case, None if kwargs.get("bf16") else expected, part, (2, 4), run_sharded)
+
+
+def check_deepspeed(
+    folder: Path, case: str, name: str, config: Any, stage: int, trainer_kwargs: Any = dict, **kwargs: Any
+) -> None:
+    """ZeRO is DDP with the optimizer in parts, and with stage 3 the model."""
+    expected = found(run(folder / "ddp", name, config, trainer_kwargs=trainer_kwargs(), **kwargs))
+    settings = dict.fromkeys(
+        ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"
+    )
+    engine = {
+        **settings,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+    }
+    part = "global_step6/zero_pp_rank_1_mp_rank_00_optim_states.pt"
+
+    def run_parts(place: Path, resume: Path | bool | None = None) -> Any:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return run(place, name, config, resume, trainer_kwargs(), **kwargs, deepspeed=engine)
+
+    check_parts(folder, case, expected, part, (4,), run_parts)
 
 
 def check_large_vocabulary(folder: Path, case: str) -> None:
@@ -437,15 +484,14 @@ CASES: dict[str, Callable[[Path, str], None]] = {
 }
 
 
+STATIC = {
+    "config": BladeConfig(selection_ratio=0.5, reference="static"),
+    "trainer_kwargs": lambda: {"reference_model": make_model("vit", dropout=0.2)},
+}
 SHARDED_CASES: dict[str, Callable[[Path, str], None]] = {
     "fsdp vit": partial(check_sharded, name="vit", config=BladeConfig(**ON)),
     "fsdp llama": partial(check_sharded, name="llama", config=BladeConfig(**ON)),
-    "fsdp static": partial(
-        check_sharded,
-        name="vit",
-        config=BladeConfig(selection_ratio=0.5, reference="static"),
-        trainer_kwargs=lambda: {"reference_model": make_model("vit", dropout=0.2)},
-    ),
+    "fsdp static": partial(check_sharded, name="vit", **STATIC),
     "fsdp parts": partial(
         check_sharded,
         name="llama",
@@ -459,6 +505,18 @@ SHARDED_CASES: dict[str, Callable[[Path, str], None]] = {
     "fsdp coreset": partial(check_sharded, name="vit", config=CoresetConfig(**CORESET_ON)),
 }
 
+DRAWN = MixtureConfig(mixture="uniform", domain_column="source")
+DEEPSPEED_CASES: dict[str, Callable[[Path, str], None]] = {
+    f"zero-{stage} {case}": partial(check_deepspeed, stage=stage, **arguments)
+    for stage in (2, 3)
+    for case, arguments in {
+        "static": {"name": "vit", **STATIC},
+        "tokens": {"name": "llama", "config": BladeConfig(selection_ratio=0.5, score="loss")},
+        "mixture": {"name": "vit", "config": DRAWN},
+        "coreset": {"name": "vit", "config": CoresetConfig(**CORESET_ON)},
+    }.items()
+}
+
 
 def main() -> None:
     warnings.simplefilter("ignore")
@@ -467,7 +525,7 @@ def main() -> None:
     if wanted == ["one fails"]:
         fail_on_one(folder, *wanted)
     for case in wanted or CASES:
-        (CASES | SHARDED_CASES)[case](folder / case, case)
+        (CASES | SHARDED_CASES | DEEPSPEED_CASES)[case](folder / case, case)
     if not wanted:
         save_global_runs(folder)
     dist.barrier()

@@ -56,19 +56,34 @@ def enable(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return enable
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_zero_is_refused(method: str, tmp_path: Path, enable: Callable[..., None]) -> None:
+REFUSED_WITH_DEEPSPEED = {
+    "blade": "a dynamic reference is trained beside the model.* Use FSDP2, .* or `reference='static'`",
+    "bros": "a random subspace is one of a whole matrix.* Use one device or DDP",
+    "mixture": "a twin of the model and of its optimizer, of which an engine gives no copy. Use FSDP2",
+}
+
+
+@pytest.mark.parametrize("method", REFUSED_WITH_DEEPSPEED)
+def test_what_an_engine_cannot_do_is_refused(method: str, tmp_path: Path, enable: Callable[..., None]) -> None:
     enable("deepspeed")
-    way_out = "Use one device or DDP" if method == "bros" else "Use FSDP2"
-    with pytest.raises(ValueError, match=f"is not tested with DeepSpeed and refuses .* {way_out}"):
+    with pytest.raises(ValueError, match=f"does not run so with DeepSpeed: .*{REFUSED_WITH_DEEPSPEED[method]}"):
         build(method, "vit", tmp_path)
     build(method, "vit", tmp_path, on=False)  # the plain Trainer, wherever that runs
+
+
+def test_a_reference_that_was_loaded_in_parts_is_refused(tmp_path: Path, enable: Callable[..., None]) -> None:
+    enable("deepspeed")
+    reference_model = make_model("vit")
+    next(reference_model.parameters()).ds_id = 0  # as ZeRO-3 marks it
+    settings = {"reference": "static", "sync_steps": "auto", "reference_steps": "auto", "penalty": 0.0}
+    with pytest.raises(ValueError, match="`reference_model` was loaded in parts for ZeRO-3.* Load it before"):
+        build("blade", "vit", tmp_path, settings=settings, trainer_kwargs={"reference_model": reference_model})
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_fsdp_of_the_first_version_is_refused(method: str, tmp_path: Path, enable: Callable[..., None]) -> None:
     enable("fsdp", version=1)
-    message = "FSDP shards: a random subspace" if method == "bros" else "runs with FSDP2 only. Set `fsdp_config"
+    message = "with FSDP: a random subspace" if method == "bros" else "runs with FSDP2 only. Set `fsdp_config"
     with pytest.raises(ValueError, match=message):
         build(method, "vit", tmp_path)
     build(method, "vit", tmp_path, on=False)
@@ -79,7 +94,7 @@ REFUSED_WITH_FSDP = {
         "bros",
         {},
         {},
-        "does not train a model that FSDP shards: a random subspace .* Use one device or DDP",
+        "does not run with FSDP: a random subspace .* Use one device or DDP",
     ),
     "a reference elsewhere": (
         "blade",
@@ -115,7 +130,11 @@ def test_a_model_that_is_sharded_already_is_neither_copied_nor_searched(
 ) -> None:
     for method, module, message in (
         ("blade", reference, "sharded the model already.* Build a new trainer"),
-        ("coreset", coreset, "sharded the model that the search trains.* Search before training, or .*`search_model`"),
+        (
+            "coreset",
+            coreset,
+            "The model that the search trains is in parts.* Search before training, or .*`search_model`",
+        ),
     ):
         trainer = build(method, "vit", tmp_path)
         trainer.is_fsdp_enabled = True
@@ -348,10 +367,15 @@ def test_a_loss_function_of_ones_own_with_drawn_domains(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("method", ["blade", "coreset"])
+@pytest.mark.parametrize("method", ["blade", "mixture", "coreset"])
 def test_steps_that_overflow_in_fp16_are_skipped(method: str, device: str, tmp_path: Path) -> None:
     """The scaler starts so high that the first gradients overflow; the weights stay finite, and training goes on below it."""
-    settings = {"reference": "static", "sync_steps": "auto", "reference_steps": "auto", "penalty": 0.0}
+    settings = {
+        "blade": {"reference": "static", "sync_steps": "auto", "reference_steps": "auto", "penalty": 0.0},
+        "mixture": {"mixture": "uniform", "inner_steps": "auto", "reference_steps": "auto"},
+        "coreset": {},
+    }
+    given = {"reference_model": make_model("vit", dropout=0.1), "target_dataset": None}
     trainer = build(
         method,
         "vit",
@@ -359,10 +383,8 @@ def test_steps_that_overflow_in_fp16_are_skipped(method: str, device: str, tmp_p
         fp16=True,
         use_cpu=device == "cpu",
         max_steps=24,
-        settings=settings if method == "blade" else {},
-        trainer_kwargs={"reference_model": make_model("vit", dropout=0.1), "target_dataset": None}
-        if method == "blade"
-        else {},
+        settings=settings[method],
+        trainer_kwargs={"blade": given, "mixture": {"target_dataset": None}}.get(method, {}),
     )
     trainer.accelerator.scaler = torch.amp.GradScaler(device, init_scale=2.0**24)
     trainer.accelerator.native_amp = True  # Accelerate ignores fp16 on a CPU, which computes in it all the same

@@ -1,5 +1,6 @@
 """Real processes with gloo. `accelerate launch --cpu --num_processes 2` would start one, so torchrun starts them."""
 
+import os
 import subprocess
 import sys
 import warnings
@@ -12,6 +13,7 @@ from several_processes import (
     BROS_ON,
     CASES,
     CORESET_ON,
+    DEEPSPEED_CASES,
     GLOBAL_LEARNING_RATE,
     GLOBAL_RUNS,
     MIXTURE_ON,
@@ -38,11 +40,10 @@ from hf_bilevel import (
 SCRIPT = Path(__file__).parent / "several_processes.py"
 
 
-def start(num_processes: int, *arguments: str) -> "subprocess.CompletedProcess[str]":
+def start(num_processes: int, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-    return subprocess.run(
-        [*command, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=500, cwd=SCRIPT.parent
-    )
+    settings = {"capture_output": True, "text": True, "timeout": 500, "cwd": SCRIPT.parent}
+    return subprocess.run([*command, str(SCRIPT), *arguments], env={**os.environ, **environment}, **settings)
 
 
 def assert_passed(result: "subprocess.CompletedProcess[str]", cases: Iterable[str]) -> None:
@@ -71,6 +72,12 @@ def test_four_processes(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_models_that_fsdp_shards(tmp_path: Path) -> None:
     assert_passed(start(2, str(tmp_path), *SHARDED_CASES), SHARDED_CASES)
+
+
+@pytest.mark.slow
+def test_models_that_deepspeed_runs(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed", reason="a package that is built for the machine; see CONTRIBUTING.md")
+    assert_passed(start(2, str(tmp_path), *DEEPSPEED_CASES, DS_ACCELERATOR="cpu"), DEEPSPEED_CASES)
 
 
 @pytest.mark.slow

@@ -66,7 +66,6 @@ class BilevelMixin(CheckpointMixin):
 
     method: ClassVar[str]
     config_class: ClassVar[type[BilevelConfig]]
-    _why_not_sharded: ClassVar[str | None] = None
     _losses_are_for: ClassVar[str] = "ranked by"
 
     def __init__(
@@ -168,18 +167,20 @@ class BilevelMixin(CheckpointMixin):
                 f"{type(self).__name__} does not run a model that `device_map` spreads over several devices. Load it on one "
                 "device, with LoRA or gradient checkpointing to save memory."
             )
-        whole = "Use one device or DDP, with gradient checkpointing to save memory."
-        if self.is_deepspeed_enabled:
-            raise ValueError(
-                f"{type(self).__name__} is not tested with DeepSpeed and refuses to train on the wrong thing. "
-                + (whole if self._why_not_sharded else "Use FSDP2, which shards the model likewise, or DDP.")
-            )
-        if self.is_fsdp_enabled and self._why_not_sharded:
-            raise ValueError(
-                f"{type(self).__name__} does not train a model that FSDP shards: {self._why_not_sharded}. {whole}"
-            )
+        if self.is_deepspeed_enabled and (why := self._why_not_deepspeed()):
+            raise ValueError(f"{type(self).__name__} does not run so with DeepSpeed: {why}")
+        if self.is_fsdp_enabled and (why := self._why_not_fsdp()):
+            raise ValueError(f"{type(self).__name__} does not run with FSDP: {why}")
         if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
             raise ValueError(f'{type(self).__name__} runs with FSDP2 only. Set `fsdp_config={{"version": 2}}`.')
+
+    def _why_not_deepspeed(self) -> str | None:
+        """Say why a model that DeepSpeed runs cannot be trained with these settings, and what to do; None if it can."""
+        return None
+
+    def _why_not_fsdp(self) -> str | None:
+        """Say the same of a model that FSDP shards."""
+        return None
 
     def _begin_training(self) -> None:
         """Reset the method's state; called at every start of the training loop, restarts included."""

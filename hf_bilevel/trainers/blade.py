@@ -49,6 +49,7 @@ from hf_bilevel.subset import SelectedSubset
 from hf_bilevel.trainers.config import BilevelConfig
 from hf_bilevel.trainers.cost import TRAINING, Load
 from hf_bilevel.trainers.reference import ReferenceMixin
+from hf_bilevel.trainers.sharding import is_partitioned
 
 _PAPER = (
     "Wang, Xiang, Xu et al., BLADE: Scalable Bi-level Adaptive Data Selection for LLM Training, "
@@ -257,6 +258,23 @@ class BladeMixin(ReferenceMixin):
     def _selects_rows(self) -> bool:
         return not self._is_off() and self.granularity == "sample"
 
+    def _why_not_deepspeed(self) -> str | None:
+        if self._reference_kind == "dynamic":
+            return (
+                "a dynamic reference is trained beside the model, by an engine of its own. Use FSDP2, which shards both, or "
+                "`reference='static'`."
+            )
+        if (
+            self._reference_kind == "static"
+            and self.reference_model is not None
+            and is_partitioned(self.reference_model)
+        ):
+            return (
+                "`reference_model` was loaded in parts for ZeRO-3, which only an engine can run. Load it before the "
+                "`TrainingArguments` are made."
+            )
+        return None
+
     def _check_bilevel_setup(self) -> None:
         self._head = find_head(self.model)
         if self._is_off():
@@ -418,7 +436,7 @@ class BladeMixin(ReferenceMixin):
             Of each batch ``row_lengths``, on the CPU; or None where a model is compiled for one width, and where all processes
             have to call it equally often.
         """
-        if self.args.torch_compile or self.is_fsdp_enabled:
+        if self.args.torch_compile or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return [None] * len(batches)
         found = [row_lengths(batch, size) for batch, size in zip(batches, sizes, strict=True)]
         if any(lengths is None for lengths in found):

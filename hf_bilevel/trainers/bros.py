@@ -266,7 +266,6 @@ class BrosMixin(BilevelMixin):
     method = "bros"
     config_class = BrosConfig
     _losses_are_for = "trained with"
-    _why_not_sharded = "a random subspace is one of a whole matrix, of which no process has more than a part"
 
     def __init__(self, *args: Any, sample_weights: SampleWeights | Tensor | None = None, **kwargs: Any) -> None:
         self._pending: deque[Origin] = deque()  # of the micro-batches of this step that are still to come
@@ -303,6 +302,14 @@ class BrosMixin(BilevelMixin):
         """Size of the space and of the subspace of every projected block."""
         matrices = self.blocks.matrices()
         return [(matrices[i].shape[1], self.blocks.leaves[i].shape[1]) for i in self.blocks.projected]
+
+    def _why_not_deepspeed(self) -> str | None:
+        return (
+            "a random subspace is one of a whole matrix, of which no process would have more than a part. Use one device or DDP, with "
+            "gradient checkpointing to save memory."
+        )
+
+    _why_not_fsdp = _why_not_deepspeed
 
     def _check_bilevel_setup(self) -> None:
         if self._is_off():

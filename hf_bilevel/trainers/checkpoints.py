@@ -39,6 +39,7 @@ class CheckpointMixin:
     method: ClassVar[str]
     bilevel_config: BilevelConfig
     accelerator: Accelerator
+    is_deepspeed_enabled: bool
     is_fsdp_enabled: bool
     _resumed_state: dict[str, Any] | None = None  # while training begins
 
@@ -167,7 +168,7 @@ class CheckpointMixin:
                 f"`{path}` holds the state of {len(ranks)} processes, this run has {self.args.world_size}. Resume with "
                 f"{len(ranks)} processes."
             )
-        files = [SCHEDULER_NAME, *self._optimizer_files(checkpoint)]
+        files = self._optimizer_files(checkpoint)
         if len(ranks) == self.args.world_size:  # with another number the random numbers are others in any case
             files.append("rng_state.pth" if len(ranks) == 1 else f"rng_state_{self.args.process_index}.pth")
         for name in files:
@@ -180,17 +181,33 @@ class CheckpointMixin:
         return state
 
     def _optimizer_files(self, checkpoint: Path) -> list[str]:
-        """Name the files of the optimizer, and of a model that FSDP shards, and refuse folders of parts that are not whole."""
+        """Name the files of optimizer and scheduler, and of a model in parts, and refuse folders of parts that are not whole."""
+        if self.is_deepspeed_enabled:
+            return self._files_of_engine(checkpoint)
         if not self.is_fsdp_enabled:
-            return [OPTIMIZER_NAME]
+            return [OPTIMIZER_NAME, SCHEDULER_NAME]
         if self.accelerator.state.fsdp_plugin.state_dict_type.name == "FULL_STATE_DICT":
-            return [f"{FSDP_MODEL_NAME}.bin", f"{FSDP_OPTIMIZER_NAME}.bin"]
+            return [SCHEDULER_NAME, f"{FSDP_MODEL_NAME}.bin", f"{FSDP_OPTIMIZER_NAME}.bin"]
         for name in (f"{FSDP_MODEL_NAME}_0", f"{FSDP_OPTIMIZER_NAME}_0"):
             if not (checkpoint / name / ".metadata").is_file():  # which is written when all parts are
                 raise ValueError(
                     f"`{checkpoint / name}` is missing or torn: the checkpoint was not written to its end."
                 )
-        return []
+        return [SCHEDULER_NAME]
+
+    def _files_of_engine(self, checkpoint: Path) -> list[str]:
+        """Name the files that DeepSpeed has written for its engine."""
+        latest = checkpoint / "latest"
+        if not latest.is_file():
+            raise ValueError(f"`{latest}` is missing: the checkpoint was not written to its end.")
+        folder = checkpoint / latest.read_text(encoding="utf-8").strip()
+        rank = f"zero_pp_rank_{self.args.process_index}_"
+        parts = [path for path in folder.glob("*_states.pt") if rank in path.name or "zero_pp_rank" not in path.name]
+        if not any(path.name.endswith("optim_states.pt") for path in parts):
+            raise ValueError(f"`{folder}` lacks the optimizer state of process {self.args.process_index}.")
+        # The scheduler is in the engine where DeepSpeed's own is used.
+        scheduler = [SCHEDULER_NAME] if (checkpoint / SCHEDULER_NAME).exists() else []
+        return [*scheduler, *(str(path.relative_to(checkpoint)) for path in sorted(parts))]
 
     # Writing --------------------------------------------------------------------------------------------------------
 

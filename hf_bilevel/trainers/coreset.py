@@ -52,7 +52,7 @@ from hf_bilevel.trainers.agreement import check_agreement
 from hf_bilevel.trainers.base import BilevelMixin
 from hf_bilevel.trainers.checkpoints import write_state
 from hf_bilevel.trainers.config import BilevelConfig
-from hf_bilevel.trainers.sharding import is_sharded
+from hf_bilevel.trainers.sharding import is_partitioned, is_sharded
 
 SEARCH_FOLDER = "coreset_search"
 MAX_IMAGES = 60  # in the card's picture
@@ -318,9 +318,9 @@ class CoresetMixin(BilevelMixin):
             raise ValueError("`size='pool'` keeps every sample; set `size` to search a coreset.")
         if self.train_dataset is None:
             raise ValueError("`search` needs `train_dataset`, the pool to choose from.")
-        if is_sharded(self._searched_model()):
+        if is_sharded(self._searched_model()) or is_partitioned(self._searched_model()):
             raise ValueError(
-                "FSDP has sharded the model that the search trains, in an earlier `train()` or while it was loaded. Search before "
+                "The model that the search trains is in parts, since an earlier `train()` or since it was loaded. Search before "
                 "training, or with a model that is whole as `search_model`."
             )
         if self.train_dataset is not self._prepared_pool:

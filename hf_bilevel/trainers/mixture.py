@@ -271,6 +271,9 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
         """K with "auto" resolved; known once training has begun."""
         return self.bilevel_config.schedule(self.state.max_steps)[1]
 
+    def _why_not_deepspeed(self) -> str | None:
+        return "its weights are judged by a twin of the model and of its optimizer, of which an engine gives no copy. Use FSDP2."
+
     def _check_bilevel_setup(self) -> None:
         if self._is_off():
             return  # the plain Trainer, wherever that runs

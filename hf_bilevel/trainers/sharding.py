@@ -1,4 +1,4 @@
-"""Models whose parameters FSDP2 spreads over the processes: PyTorch's ``fully_shard``, as Accelerate applies it."""
+"""Models whose parameters are spread over the processes: by FSDP2, PyTorch's ``fully_shard`` as Accelerate applies it, or ZeRO-3."""
 
 from typing import Any
 
@@ -11,6 +11,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 def is_sharded(model: nn.Module) -> bool:
     """Say whether FSDP2 manages the parameters of a model."""
     return isinstance(model, FSDPModule)
+
+
+def is_partitioned(model: nn.Module) -> bool:
+    """Say whether the parameters of a model are parts that DeepSpeed's ZeRO-3 has made, while loading it or for an engine."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def reshard(model: nn.Module) -> None:
