@@ -14,10 +14,13 @@ must agree. ``blade_token_amortised`` adds the reference phase at the published 
 of a reference step. ``bros`` is BrosTrainer as it comes, with a fresh subspace at every step of so short a run;
 ``bros_every5`` moves the weights at every fifth step and is timed over five; ``masoba`` is in full space, by double backward.
 ``mixture`` is MixtureTrainer as it comes in a run of 400 steps (T = 49, K = 4), timed over the T steps of one update.
+``sft`` is TRL's SFTTrainer on all candidates, which measures the accuracy and entropy of tokens besides, and ``blade_sft`` is
+``blade_token`` as a mixin in front of it; both need TRL, and are left out without it.
 """
 
 import argparse
 import copy
+import importlib.util
 import statistics
 import tempfile
 import time
@@ -25,11 +28,14 @@ import warnings
 from collections import Counter
 
 import torch
+from datasets import Dataset, disable_progress_bars
 from report import mean_and_std, print_table, write_report
+from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -38,16 +44,17 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_bilevel import BladeConfig, BladeTrainer, BrosConfig, BrosTrainer, MixtureConfig, MixtureTrainer
+from hf_bilevel import BladeConfig, BladeMixin, BladeTrainer, BrosConfig, BrosTrainer, MixtureConfig, MixtureTrainer
 
 RATIO = {"blade_token": 0.6, "blade_sample": 0.5}
 SHARE = 300 / 1000  # published K / T
 PHASE_STEPS = 2  # reference steps of a measured reference phase
 BROS = ("bros", "bros_every5", "masoba")
+TRL = ("sft", "blade_sft") if importlib.util.find_spec("trl") else ()
 INNER_STEPS, REFERENCE_STEPS, NUM_DOMAINS = 49, 4, 4  # of MixtureTrainer, T and K by default for 400 steps
 MODELS = {
     "vit": ("off", "blade_sample", *BROS, "mixture"),
-    "llama": ("off", "blade_token", "blade_sample", "phase", *BROS, "mixture"),
+    "llama": ("off", "blade_token", "blade_sample", "phase", *BROS, "mixture", *TRL),
 }
 TIMED_STEPS = {"phase": 2, "bros_every5": 5, "mixture": INNER_STEPS}  # others: as many as the run says
 
@@ -56,7 +63,9 @@ TIMED_STEPS = {"phase": 2, "bros_every5": 5, "mixture": INNER_STEPS}  # others: 
 CALLS = {
     "plain": {"proxy train": 1},
     "off": {"proxy train": 1},
+    "sft": {"proxy train": 1},
     "blade_token": {"proxy train": 1, "reference score": 1},
+    "blade_sft": {"proxy train": 1, "reference score": 1},
     "blade_sample": {"proxy train": 1, "reference score": 1, "proxy score": 1},
     "phase": {"reference train": 2, "reference score": 1, "proxy score": 1},
     "bros": {"proxy train": 3},
@@ -74,7 +83,9 @@ DOUBLE_BACKWARD = {"masoba": 2 * 3}
 EQUIVALENTS = {
     "plain": 3,
     "off": 3,
+    "sft": 3,
     "blade_token": 3 + 1,
+    "blade_sft": 3 + 1,
     "blade_sample": 2 + 3 * RATIO["blade_sample"],
     "phase": 6 + 2,
     "bros": 3 * 3,
@@ -148,19 +159,25 @@ def make_trainer(
         "masoba": BrosConfig(rank="full", hessian_action="double_backward"),
         "mixture": MixtureConfig(domain_column="domain", inner_steps=INNER_STEPS, reference_steps=REFERENCE_STEPS),
     }
-    args = TrainingArguments(
-        folder,
-        per_device_train_batch_size=batch_size,
-        max_steps=1 + TIMED_STEPS.get(arm, steps),
-        learning_rate=1e-4,
-        lr_scheduler_type="constant",
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        torch_compile=compiled,
-    )
+    arguments = {
+        "output_dir": folder,
+        "per_device_train_batch_size": batch_size,
+        "max_steps": 1 + TIMED_STEPS.get(arm, steps),
+        "learning_rate": 1e-4,
+        "lr_scheduler_type": "constant",
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    if arm in TRL:
+        trainer = make_sft_trainer(
+            copy.deepcopy(model), data, arguments, configs["blade_token"] if arm != "sft" else None
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+    args = TrainingArguments(**arguments, torch_compile=compiled)
     ours = {} if arm == "plain" else {"target_dataset": data, "bilevel_config": configs[arm]}
     trainer_class = BladeTrainer
     if arm in ("plain", "mixture", *BROS):
@@ -168,6 +185,29 @@ def make_trainer(
     trainer = trainer_class(model=copy.deepcopy(model), args=args, train_dataset=data, **ours)
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def make_sft_trainer(model: nn.Module, data: list[dict], arguments: dict, config: BladeConfig | None) -> Trainer:
+    from trl import SFTConfig, SFTTrainer
+
+    disable_progress_bars()  # of the preparation
+
+    class BladeSFTTrainer(BladeMixin, SFTTrainer):
+        pass
+
+    tokenizer = Tokenizer(
+        models.WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2}, "<unk>")
+    )  # the rows are encoded already
+    names = {"unk_token": "<unk>", "pad_token": "<pad>", "eos_token": "<eos>"}
+    rows = Dataset.from_list(
+        [{"input_ids": row["input_ids"].tolist(), "labels": row["labels"].tolist()} for row in data]
+    )
+    args = SFTConfig(**arguments, packing=False, padding_free=False, bf16=False, gradient_checkpointing=False)
+    trainer_class, ours = SFTTrainer, {}
+    if config is not None:
+        trainer_class, ours = BladeSFTTrainer, {"target_dataset": rows, "bilevel_config": config}
+    words = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    return trainer_class(model=model, args=args, train_dataset=rows, processing_class=words, **ours)
 
 
 def train(trainer: Trainer) -> list[float]:

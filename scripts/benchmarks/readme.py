@@ -30,6 +30,8 @@ OVERHEAD_ARMS = {
     "vit/off": "ViT, switched off",
     "llama/blade_token": "Llama, token level, between synchronisations",
     "llama/blade_token_amortised": "Llama, token level, with the published reference phase (K / T = 0.3)",
+    "llama/sft": "Llama, TRL's `SFTTrainer` on all tokens",
+    "llama/blade_sft": "... with BLADE in front of it, between synchronisations",
     "llama/blade_sample": "Llama, sample level, ratio 0.5",
     "vit/blade_sample": "ViT, sample level, ratio 0.5",
     "llama/bros": "Llama, BROS",
@@ -540,15 +542,20 @@ def coreset() -> str:
     search_seconds = round(report["summary"]["seconds/clean/pbcs"])
     summary = report["summary"]
 
+    names = {"pairwise20": "20 % of the next class", "text": "text with 20 % wrong labels"}
+
     def ahead(name: str, controls: tuple[str, ...]) -> str:
         parts = []
-        for task in ("clean", "noise20", "imbalance50"):
+        for task in ("clean", "noise20", "pairwise20", "imbalance50", "text"):
             known = [arm for arm in controls if f"{name}/{task}/{arm}" in summary]
             if known:
                 best = min(known, key=lambda arm: summary[f"{name}/{task}/{arm}"])
                 gain = plus_minus(summary, f"{name}/{task}/{best}", 100)
-                parts.append(f"{CORESET_TASKS[task].removeprefix('... ')} {gain}")
+                parts.append(f"{names.get(task, CORESET_TASKS[task].removeprefix('... '))} {gain}")
         return "; ".join(parts)
+
+    def of_text(arm: str) -> str:
+        return plus_minus(summary, f"accuracy/text/{arm}", 100)
 
     controls = tuple(arm for arm in CORESET_ARMS if not arm.startswith("pbcs") and arm not in ("full", "target"))
     return "\n".join(
@@ -558,7 +565,11 @@ def coreset() -> str:
             f'search (`engine="kernel"`, {config["outer_steps"]} outer steps, {search_seconds} s on a core of a busy CPU) fits the tangent '
             "kernel of that network; with 20 % wrong labels and with unequal classes 100 clean digits are the target dataset.",
             "",
-            *coreset_lines(("clean", "noise20", "imbalance50")),
+            *coreset_lines(("clean", "noise20", "pairwise20", "imbalance50")),
+            "",
+            "100 of 1,000 snippets of six kinds of text for MiniLM, 20 % with a wrong label, 60 clean rows as the target dataset: "
+            f"{of_text('pbcs_both')} with `pool_share=0.5` and {of_text('pbcs')} without it; greedy {of_text('greedy')}, herding {of_text('herding')}, uniform "
+            f"{of_text('uniform')}, the clean rows alone {of_text('target')}, the whole pool {of_text('full')}.",
             "",
             f"Less the best of the other rules (the clean rows alone and the whole pool aside), paired by seed: {ahead('gain', controls)} points; with `pool_share=0.5` "
             f"{ahead('gain_both', controls)}. Where labels are wrong, the pool should judge too. Where nothing is wrong, or classes are "
