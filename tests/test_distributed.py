@@ -37,13 +37,16 @@ from hf_bilevel import (
     load_selected_subset,
 )
 
+CRASHES = {"PYTHONFAULTHANDLER": "1"}  # say where
 SCRIPT = Path(__file__).parent / "several_processes.py"
 
 
 def start(num_processes: int, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
     settings = {"capture_output": True, "text": True, "timeout": 500, "cwd": SCRIPT.parent}
-    return subprocess.run([*command, str(SCRIPT), *arguments], env={**os.environ, **environment}, **settings)
+    return subprocess.run(
+        [*command, str(SCRIPT), *arguments], env={**os.environ, **CRASHES, **environment}, **settings
+    )
 
 
 def assert_passed(result: "subprocess.CompletedProcess[str]", cases: Iterable[str]) -> None:

@@ -73,11 +73,6 @@ class ReferenceCopy:
         self.parked = parked
         self._settle()
 
-    @classmethod
-    def of(cls, model: nn.Module, dtype: torch.dtype | None, device: torch.device, parked: bool) -> "ReferenceCopy":
-        """Copy a model."""
-        return cls(model, copy_of(model), dtype, device, parked)
-
     def _settle(self) -> None:
         """Bring the weights to their place and dtype between uses."""
         self.module.eval().to("cpu" if self.parked else self.device)
@@ -400,7 +395,7 @@ class ReferenceMixin(BilevelMixin):
         elif is_peft_model(self.model):
             self.reference = ReferenceAdapter(self.model)
         else:
-            self.reference = ReferenceCopy.of(self.model, dtype, device, parked)
+            self.reference = ReferenceCopy(self.model, copy_of(self.model), dtype, device, parked)
         if kind == "static":
             return
         target_batch_size = config.target_batch_size or self._candidate_batch_size

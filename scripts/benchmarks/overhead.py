@@ -12,7 +12,8 @@ median over rounds of an arm's time over the mean of these two, and how far thos
 ``limit`` is what counting forward passes predicts, a plain step being 3; the passes of the real runs are counted too, and
 must agree. ``blade_token_amortised`` adds the reference phase at the published K / T = 300 / 1,000, from the measured cost
 of a reference step. ``bros`` is BrosTrainer as it comes, with a fresh subspace at every step of so short a run;
-``bros_every5`` moves the weights at every fifth step and is timed over five; ``masoba`` is in full space, by double backward.
+``bros_large`` is the same with four times the rows, in a run of its own beside the plain Trainer: what BROS does to the weights
+themselves costs as much whatever the batch. ``bros_every5`` moves the weights at every fifth step and is timed over five; ``masoba`` is in full space, by double backward.
 ``mixture`` is MixtureTrainer as it comes in a run of 400 steps (T = 49, K = 4), timed over the T steps of one update.
 ``sft`` is TRL's SFTTrainer on all candidates, which measures the accuracy and entropy of tokens besides, and ``blade_sft`` is
 ``blade_token`` as a mixin in front of it; both need TRL, and are left out without it.
@@ -50,6 +51,7 @@ RATIO = {"blade_token": 0.6, "blade_sample": 0.5}
 SHARE = 300 / 1000  # published K / T
 PHASE_STEPS = 2  # reference steps of a measured reference phase
 BROS = ("bros", "bros_every5", "masoba")
+LARGE = 4  # times the batch, of another run of BROS
 TRL = ("sft", "blade_sft") if importlib.util.find_spec("trl") else ()
 INNER_STEPS, REFERENCE_STEPS, NUM_DOMAINS = 49, 4, 4  # of MixtureTrainer, T and K by default for 400 steps
 MODELS = {
@@ -104,6 +106,8 @@ TARGETS = {
     "step_ratio/llama/bros": 3.2,
     "bros_over_masoba_step/vit": 0.75,
     "bros_over_masoba_step/llama": 0.75,
+    "step_ratio/vit/bros_large": 2.6,
+    "step_ratio/llama/bros_large": 2.6,
     "step_ratio/vit/mixture": 1.25,
     "step_ratio/llama/mixture": 1.25,
 }
@@ -249,10 +253,12 @@ def count_forwards(arm: str, trainer: Trainer) -> float:
     return equivalents
 
 
-def measure(model_name: str, seed: int, batch_size: int, steps: int, rounds: int, smoke: bool) -> list[dict]:
-    """Run all arms of a model in alternation; one row for each."""
-    model, data = build(model_name, batch_size * (1 + max(steps, *TIMED_STEPS.values())), seed, smoke)
-    arms = ("plain", *MODELS[model_name])
+def measure(
+    model_name: str, arms: tuple[str, ...], seed: int, batch_size: int, steps: int, rounds: int, smoke: bool
+) -> list[dict]:
+    """Run arms of a model in alternation, the plain Trainer among them; one row for each."""
+    num_steps = max(TIMED_STEPS.get(arm, steps) for arm in arms)
+    model, data = build(model_name, batch_size * (1 + num_steps), seed, smoke)
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}
     ratios: dict[str, list[float]] = {arm: [] for arm in arms}
     with tempfile.TemporaryDirectory() as folder:
@@ -281,6 +287,7 @@ def measure(model_name: str, seed: int, batch_size: int, steps: int, rounds: int
             "model": model_name,
             "arm": "reference_phase_step" if arm == "phase" else arm,
             "seed": seed,
+            "batch_size": batch_size,
             "parameters": model.num_parameters(),
             "seconds": statistics.median(seconds[arm]) if arm in seconds else None,
             "forward_equivalents": equivalents[arm],
@@ -296,7 +303,8 @@ def measure(model_name: str, seed: int, batch_size: int, steps: int, rounds: int
 def summarise(rows: list[dict]) -> dict[str, float]:
     """Medians over all rounds of all seeds, with the standard deviation of a round."""
     summary = {}
-    for model, arm in dict.fromkeys((row["model"], row["arm"]) for row in rows if row["arm"] != "plain"):
+    arms = dict.fromkeys((row["model"], row["arm"]) for row in rows)
+    for model, arm in [key for key in arms if not key[1].startswith("plain")]:
         own = [row for row in rows if (row["model"], row["arm"]) == (model, arm)]
         ratios = [ratio for row in own for ratio in row["ratios"]]
         name = f"{arm}/{model}" if arm == "reference_phase_step" else f"step_ratio/{model}/{arm}"
@@ -333,8 +341,10 @@ def main(argv: list[str] | None = None) -> dict:
     try:
         rows = []
         for seed in range(options.seeds):
-            for name in MODELS:
-                rows += measure(name, seed, batch_size, steps, rounds, options.smoke)
+            for name, arms in MODELS.items():
+                rows += measure(name, ("plain", *arms), seed, batch_size, steps, rounds, options.smoke)
+                large = measure(name, ("plain", "bros"), seed, LARGE * batch_size, steps, rounds, options.smoke)
+                rows += [row | {"arm": f"{row['arm']}_large"} for row in large]
         config = {
             **{"smoke": options.smoke, "seeds": options.seeds, "rounds": rounds, "timed_steps": steps},
             **{"batch_size": batch_size, "selection_ratio": RATIO, "threads": 1},
@@ -344,6 +354,7 @@ def main(argv: list[str] | None = None) -> dict:
                 "The plain arm trains on all candidates, also where blade_sample trains on the selected half.",
                 "std and ratio_range are over rounds.",
                 "A reference step of the phase: penalty 1, target batch as large as the candidate batch.",
+                f"bros_large: {LARGE * batch_size} rows, in a run of its own; plain_large is the noise of that run.",
                 "BROS: rank 0.125, one-sided, a fresh subspace at every step, target batch as large as the training batch.",
             ],
         }

@@ -36,6 +36,8 @@ OVERHEAD_ARMS = {
     "vit/blade_sample": "ViT, sample level, ratio 0.5",
     "llama/bros": "Llama, BROS",
     "vit/bros": "ViT, BROS",
+    "llama/bros_large": "Llama, BROS, 32 rows instead of 8",
+    "vit/bros_large": "ViT, BROS, 32 rows",
     "llama/bros_every5": "Llama, BROS with `update_every=5`",
     "vit/bros_every5": "ViT, BROS with `update_every=5`",
     "llama/mixture": "Llama, MixtureTrainer (T = 49, K = 4)",

@@ -585,10 +585,10 @@ def test_peft_reference_is_what_a_copy_would_be(tmp_path: Path) -> None:
     class CopyTrainer(BladeTrainer):
         def _begin_training(self) -> None:
             super()._begin_training()
-            from hf_bilevel.trainers.reference import ReferenceCopy
+            from hf_bilevel.trainers.reference import ReferenceCopy, copy_of
 
             self.reference.remove()
-            self.reference = ReferenceCopy.of(self.model, None, self.args.device, parked=False)
+            self.reference = ReferenceCopy(self.model, copy_of(self.model), None, self.args.device, parked=False)
 
     runs = []
     for trainer_class in (BladeTrainer, CopyTrainer):
@@ -1254,7 +1254,7 @@ def test_own_compute_loss(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["closure", "bound", "bound closure", "closure under autocast"])
 def test_a_reference_runs_its_own_weights_whatever_forward_the_model_was_given(kind: str) -> None:
     """TRL exchanges `forward` by a closure over the model, accelerate's autocast wraps what it finds."""
-    from hf_bilevel.trainers.reference import ReferenceCopy
+    from hf_bilevel.trainers.reference import ReferenceCopy, copy_of
 
     model = make_model("llama").eval()
     forward = type(model).forward
@@ -1269,7 +1269,7 @@ def test_a_reference_runs_its_own_weights_whatever_forward_the_model_was_given(k
         patched = model.forward
         model._original_forward, model.forward = patched, lambda *args, **kwargs: patched(*args, **kwargs)
     given = model.forward
-    reference = ReferenceCopy.of(model, None, torch.device("cpu"), parked=False)
+    reference = ReferenceCopy(model, copy_of(model), None, torch.device("cpu"), parked=False)
     assert model.forward is given
     tokens = torch.arange(1, 7)[None]
     with torch.no_grad():
