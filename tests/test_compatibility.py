@@ -71,10 +71,14 @@ def test_what_an_engine_cannot_do_is_refused(method: str, tmp_path: Path, enable
     build(method, "vit", tmp_path, on=False)  # the plain Trainer, wherever that runs
 
 
-def test_a_reference_that_was_loaded_in_parts_is_refused(tmp_path: Path, enable: Callable[..., None]) -> None:
+def test_what_was_loaded_in_parts_is_refused(tmp_path: Path, enable: Callable[..., None]) -> None:
     enable("deepspeed")
     reference_model = make_model("vit")
     next(reference_model.parameters()).ds_id = 0  # as ZeRO-3 marks it
+    with pytest.raises(
+        ValueError, match="the search trains was loaded in parts for ZeRO-3. Pass one that is whole as"
+    ):
+        build("coreset", "vit", tmp_path, model=reference_model)
     settings = {"reference": "static", "sync_steps": "auto", "reference_steps": "auto", "penalty": 0.0}
     with pytest.raises(ValueError, match="`reference_model` was loaded in parts for ZeRO-3.* Load it before"):
         build("blade", "vit", tmp_path, settings=settings, trainer_kwargs={"reference_model": reference_model})

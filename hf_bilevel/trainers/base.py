@@ -38,7 +38,7 @@ from hf_bilevel.trainers.agreement import AgreementCallback
 from hf_bilevel.trainers.checkpoints import CheckpointMixin, versions
 from hf_bilevel.trainers.config import BilevelConfig
 from hf_bilevel.trainers.cost import Load
-from hf_bilevel.trainers.sharding import is_sharded
+from hf_bilevel.trainers.sharding import is_partitioned, is_sharded
 
 CONFIG_NAME = "bilevel_config.json"
 FACTS_NAME = "bilevel_facts.json"
@@ -398,8 +398,10 @@ class BilevelMixin(CheckpointMixin):
         )
         if dataset is None or dataset is self.train_dataset and self._is_stream or not own_loss:
             return
-        if is_sharded(self.model) or self.is_fsdp_enabled and not self.is_world_process_zero():
-            return  # other processes may get their weights from the first one only when FSDP shards the model
+        if is_sharded(self.model) or is_partitioned(self.model):
+            return  # not in step on all processes, and for ZeRO-3 not by an engine
+        if self.is_fsdp_enabled and not self.is_world_process_zero():
+            return  # which may get its weights from the first process only when FSDP shards the model
         prepared, collator = self._collator_for(dataset)
         with private_randomness(derive_seed(self._seed), self.args.device), self._scoring(), evaluating(self.model):
             batch = collator(fetch(prepared, range(min(4, len(prepared)))))

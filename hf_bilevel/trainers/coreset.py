@@ -230,6 +230,11 @@ class CoresetMixin(BilevelMixin):
     def _searched_model(self) -> nn.Module:
         return self.model if self.search_model is None else self.search_model
 
+    def _why_not_deepspeed(self) -> str | None:
+        if is_partitioned(self._searched_model()):
+            return "the model that the search trains was loaded in parts for ZeRO-3. Pass one that is whole as `search_model`."
+        return None
+
     def _check_bilevel_setup(self) -> None:
         if self._is_off():
             return
