@@ -171,11 +171,14 @@ class Start:
             sys.stdout.flush()
             os._exit(code)
 
+    def is_over(self) -> bool:
+        """Say whether the last checkpoint is there."""
+        return (self.folder / f"checkpoint-{MAX_STEPS}" / "trainer_state.json").exists()
+
     def wait_for(self, mode: str, seconds: float) -> bool:
         """Wait until the first process is where the mode says; False if it ends, or the time is over, before."""
-        last = self.folder / f"checkpoint-{MAX_STEPS}" / "trainer_state.json"
         while time.monotonic() - self.begun < seconds:
-            if last.exists() if mode == "end" else self.status[0] == MODES[mode]:
+            if self.is_over() if mode == "end" else self.status[0] == MODES[mode]:
                 return True
             if self.status[0] == ENDED:
                 return False
@@ -243,10 +246,10 @@ def kill_and_resume(method: str, num_processes: int, num_kills: int, seed: int, 
         place, before = folder / f"run-{runs}", kills.total()
         while True:
             start = Start(method, place, num_processes)
-            mode = draw.choice(("any", *MODES, "end"))
-            if mode == "end":
+            mode = draw.choice(("any", "inner", *MODES, "end"))
+            if mode == "end" and not start.is_over():
                 start.wait_for(mode, duration)
-            elif mode != "any" and start.wait_for(mode, draw.random() * duration):
+            elif mode in MODES and start.wait_for(mode, draw.random() * duration):
                 for _ in range(draw.randrange(3)):  # not always the first of a start
                     time.sleep(draw.random() * duration / MAX_STEPS)
                     start.wait_for(mode, duration)
