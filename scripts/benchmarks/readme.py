@@ -30,7 +30,7 @@ OVERHEAD_ARMS = {
     "vit/off": "ViT, switched off",
     "llama/blade_token": "Llama, token level, between synchronisations",
     "llama/blade_token_amortised": "Llama, token level, with the published reference phase (K / T = 0.3)",
-    "llama/sft": "Llama, TRL's `SFTTrainer` on all tokens",
+    "llama/sft": "Llama, TRL's `SFTTrainer` on all tokens, with its metrics",
     "llama/blade_sft": "... with BLADE in front of it, between synchronisations",
     "llama/blade_sample": "Llama, sample level, ratio 0.5",
     "vit/blade_sample": "ViT, sample level, ratio 0.5",
