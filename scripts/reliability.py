@@ -105,7 +105,9 @@ def cells(options: argparse.Namespace) -> list[dict]:
     named = sorted({f"{files[found['file']]}::{found['test']}" for found in NAMED_TEST.finditer(page)})
     # Also the slow ones, which the project's own settings leave out.
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2", "-m", "not gpu", *named]
-    print(call(command).splitlines()[-1])
+    outcome = call(command).splitlines()[-1]
+    print(outcome)
+    cases = {kind: int(num) for num, kind in re.findall(r"(\d+) (passed|skipped)", outcome)}
     rows = []
     for line in page.splitlines():
         entries = [entry.strip() for entry in line.strip("|").split("|")]
@@ -114,7 +116,7 @@ def cells(options: argparse.Namespace) -> list[dict]:
                 kind = next((kind for kind in ("refused", "not tested", "tested") if entry.startswith(kind)), "said")
                 kind = "tested" if kind == "said" and ("::" in entry or entry.startswith("the same")) else kind
                 rows.append({"part": "cells", "feature": entries[0], "method": method, "kind": kind})
-    return [*rows, {"part": "cells", "kind": "tests", "num": len(named)}]
+    return [*rows, {"part": "cells", "kind": "tests", "num": len(named), **cases}]
 
 
 def traffic(options: argparse.Namespace) -> list[dict]:
@@ -193,7 +195,13 @@ def cells_table(rows: list[dict], summary: dict[str, float]) -> str:
     }
     cells = table(["", *kinds], [[METHODS[method], *values] for method, values in counts.items()])
     num = summary.get("cells/tests_run")
-    return f"{cells}\n\n{num} tests were named in these cells when they were counted; all of them were run, and none failed."
+    (tests,) = (row for row in rows if row.get("kind") == "tests")
+    ran = [f"{tests[kind]} cases {kind}" for kind in ("passed", "skipped") if kind in tests]
+    outcome = ", ".join([*ran, "none failed"])
+    return (
+        f"{cells}\n\n{num} tests were named in these cells when they were counted and run: {outcome}. What needs an accelerator is left "
+        "out, and what needs a package that is not there is skipped."
+    )
 
 
 def traffic_table(rows: list[dict], summary: dict[str, float]) -> str:

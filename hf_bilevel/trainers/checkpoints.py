@@ -60,6 +60,11 @@ class CheckpointMixin:
     def _load_state(self, shared: dict[str, Any], rank: dict[str, Any]) -> None:
         """Take up what ``_shared_state`` and ``_rank_state`` collected."""
 
+    @property
+    def _keeps_state(self) -> bool:
+        """Say whether this process wants what all collect together: to write it, or to compare it."""
+        return self.args.should_save or self.bilevel_config.check_processes
+
     # Finding --------------------------------------------------------------------------------------------------------
 
     def train(

@@ -981,8 +981,9 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
         if self._learns():
             state["target_position"] = self._target_loader.position
             state["reference"] = {} if self.reference is None else self._reference_state()
-            keep = self.args.should_save or self.bilevel_config.check_processes
-            state["twin_optimizer"] = None if self._twin is None else gathered(self._twin["optimizer"], keep)
+            state["twin_optimizer"] = (
+                None if self._twin is None else gathered(self._twin["optimizer"], self._keeps_state)
+            )
             state["tape"] = [gathered({"weights": e["weights"], "rates": e["rates"]}) for e in self._tape]
         return state
 

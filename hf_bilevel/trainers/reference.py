@@ -388,8 +388,7 @@ class ReferenceMixin(BilevelMixin):
         parked = config.reference_device == "cpu"
         if self.is_fsdp_enabled:
             weights = self.reference_model if kind == "static" else self._whole_copy()
-            keep = self.args.should_save or config.check_processes
-            self.reference = ShardedReference(self.model, weights, self.accelerator, keep)
+            self.reference = ShardedReference(self.model, weights, self.accelerator, self._keeps_state)
         elif kind == "static":
             self.reference = ReferenceCopy(self.model, self.reference_model, dtype, device, parked)
         elif is_peft_model(self.model):
