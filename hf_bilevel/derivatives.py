@@ -21,8 +21,11 @@ from hf_bilevel.core.subspace import Bases, haar_basis, restrict
 RELATIVE_STEP = {torch.float32: 1e-4, torch.float64: 1e-5, torch.bfloat16: 1e-3}
 """Length of a finite difference over the norm of the weights, by the dtype that the model computes in (measured)."""
 
-WeightedLosses = Callable[[], tuple[Tensor, Tensor]]
-"""Runs the model: the loss of each sample ``(n,)``, and each sample's coefficient ``(n,)`` in the loss that is trained."""
+WeightedLoss = Callable[[], tuple[Tensor, Tensor]]
+"""Runs the model: the loss that is trained, a scalar, and the loss of each sample ``(n,)``, detached."""
+
+SeparateLosses = Callable[[], tuple[Tensor, Tensor]]
+"""Runs the model: the loss of each sample ``(n,)``, differentiable twice, and its coefficient ``(n,)`` in the loss that is trained."""
 
 _MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -311,7 +314,7 @@ def _shift(weight: Tensor, direction: Tensor | None, step: Tensor | None) -> Ten
     return torch.addcmul(weight, direction.to(weight).view_as(weight), step)
 
 
-def gradient_at_weights(blocks: LowerBlocks, compute: WeightedLosses) -> tuple[Tensor, list[Tensor]]:
+def gradient_at_weights(blocks: LowerBlocks, compute: WeightedLoss) -> tuple[Tensor, list[Tensor]]:
     """Compute the restricted gradient of a weighted batch at W.
 
     Args:
@@ -324,8 +327,8 @@ def gradient_at_weights(blocks: LowerBlocks, compute: WeightedLosses) -> tuple[T
     Cost: one forward and backward pass.
     """
     with blocks.shifted() as variables:
-        losses, coefficients = compute()
-        return losses.detach(), blocks.gradient((losses * coefficients).sum(), variables)
+        loss, losses = compute()
+        return losses, blocks.gradient(loss, variables)
 
 
 class FiniteDifferences:
@@ -350,9 +353,7 @@ class FiniteDifferences:
     pair is free, else two forward passes.
     """
 
-    def __init__(
-        self, blocks: LowerBlocks, compute: WeightedLosses, relative_step: float, weights_norm: Tensor
-    ) -> None:
+    def __init__(self, blocks: LowerBlocks, compute: WeightedLoss, relative_step: float, weights_norm: Tensor) -> None:
         self.blocks = blocks
         self.compute = compute
         self.length = relative_step * weights_norm
@@ -389,8 +390,8 @@ class FiniteDifferences:
 
     def _evaluate(self, direction: list[Tensor], step: Tensor) -> tuple[list[Tensor], Tensor]:
         with self.blocks.shifted(direction, step) as variables:
-            losses, coefficients = self.compute()
-            return self.blocks.gradient((losses * coefficients).sum(), variables), losses.detach()
+            loss, losses = self.compute()
+            return self.blocks.gradient(loss, variables), losses
 
     @torch.no_grad()
     def slopes(self, direction: list[Tensor]) -> Tensor:
@@ -401,7 +402,7 @@ class FiniteDifferences:
         step, losses = self._step(direction), []
         for signed in (step, -step):
             with replayed(self.blocks.model, before), self.blocks.shifted(direction, signed):
-                losses.append(self.compute()[0])
+                losses.append(self.compute()[1])
         return (losses[0] - losses[1]) / (2 * step)
 
 
@@ -424,7 +425,7 @@ class DoubleBackward:
     Cost: a forward and backward pass, and about two more for each Hessian action.
     """
 
-    def __init__(self, blocks: LowerBlocks, compute: WeightedLosses, retain_graph: bool = True) -> None:
+    def __init__(self, blocks: LowerBlocks, compute: SeparateLosses, retain_graph: bool = True) -> None:
         self.blocks = blocks
         self._retain_graph = retain_graph
         self._seen: tuple[list[Tensor], Tensor] | None = None

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,18 +10,13 @@ import torch.nn.functional as F
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.utils.checkpoint import checkpoint
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto import modeling_auto
 
-IGNORE_INDEX = -100
-"""Labels with this value are not predicted, as everywhere in transformers."""
+from hf_bilevel.large_vocabulary import IGNORE_INDEX, token_losses, weighted_token_losses
 
 LARGE_VOCABULARY = 30_000
 """From this many classes on, the logits of a whole batch never exist at once."""
-
-CHUNK = 8 * 2**20
-"""Logits of a large vocabulary that exist at a time. They and two copies inside the cross-entropy take 3 * 32 MiB."""
 
 TOKEN_HEADS = ("causal_lm", "masked_lm", "seq2seq_lm", "token_classification")
 LM_HEADS = ("causal_lm", "masked_lm", "seq2seq_lm")
@@ -298,7 +292,8 @@ def unit_losses(
         ValueError: If the head is not known, or has no tokens, or the user's function returns something else than one
             loss per sample.
 
-    Cost: one forward pass; the backward pass of a large vocabulary repeats the output embedding, and nothing else.
+    Cost: one forward pass; the backward pass of a large vocabulary repeats the output embedding, on a CPU for the tokens whose
+    loss has a gradient alone.
 
     Example:
         >>> from transformers import BertConfig, BertForSequenceClassification
@@ -317,14 +312,95 @@ def unit_losses(
     if head is None or (granularity == "token" and head not in TOKEN_HEADS):
         raise ValueError(unsupported_head(model, granularity))
     inputs = forward_inputs(model, head, batch)
-    if head in TOKEN_HEADS:
-        output_embedding = None if "labels" in inputs else _large_output_embedding(model, head)
-        if output_embedding is None:
-            tokens = token_losses_from_logits(head, _logits(model(**inputs)), batch, label_smoothing)
+    if head not in TOKEN_HEADS:
+        return _classification_losses(unwrap(model).config, _logits(model(**inputs)), batch["labels"], label_smoothing)
+    predictions = _predictions(model, head, inputs)
+    if isinstance(predictions, _HiddenStates):
+        labels = predictions.labels(head, batch)
+        with predictions.autocast:
+            losses = token_losses(predictions.layer, predictions.hidden, labels.flatten(), label_smoothing)
+        tokens = UnitLosses(losses.view(labels.shape), (labels != IGNORE_INDEX).long())
+    else:
+        tokens = token_losses_from_logits(head, predictions, batch, label_smoothing)
+    return tokens if granularity == "token" else per_sample(tokens)
+
+
+def weighted_loss(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    granularity: str,
+    coefficients: Callable[[Tensor], Tensor] | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    compute_sample_losses: SampleLossFunction | None = None,
+) -> tuple[Tensor, UnitLosses]:
+    """Compute a sum of units' losses with coefficients that do not depend on the losses.
+
+    What ``unit_losses`` and a product would give; a large vocabulary costs less, since its gradients are made from logits that
+    are there, and not from logits that are computed again.
+
+    Args:
+        model: As for ``unit_losses``.
+        batch: As there.
+        granularity: As there.
+        coefficients: From the counts of the units to the coefficients of their losses, of the same shape; None for the mean over
+            all predictions.
+        label_smoothing: As there.
+        compute_sample_losses: As there.
+
+    Returns:
+        The sum, a scalar, which can be differentiated once; and the losses and counts of the units, detached. Errors are those of
+        ``unit_losses``.
+
+    Cost: one forward pass, and the backward pass of plain training.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> size = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
+        >>> model = LlamaForCausalLM(LlamaConfig(**size))
+        >>> batch = {"input_ids": torch.tensor([[1, 2, 3], [3, 4, 5]]), "labels": torch.tensor([[1, 2, 3], [3, 4, -100]])}
+        >>> total, units = weighted_loss(model, batch, "sample", lambda counts: torch.tensor([1.0, 0.0]))
+        >>> units.counts, bool(torch.isclose(total, units.losses[0]))
+        (tensor([2, 1]), True)
+    """
+    head = None if compute_sample_losses is not None else find_head(model)
+    predictions: Tensor | _HiddenStates | None = None
+    if head in TOKEN_HEADS and _large_output_embedding(model, head) is not None:
+        inputs = forward_inputs(model, head, batch)
+        predictions = None if "labels" in inputs else _predictions(model, head, inputs)
+    if isinstance(predictions, _HiddenStates):
+        labels = predictions.labels(head, batch)
+        counts = (labels != IGNORE_INDEX).long()
+        of_samples = counts.sum(1)
+        if coefficients is None:
+            dtype = torch.promote_types(predictions.states.dtype, torch.float32)
+            of_tokens = counts.to(dtype) / counts.sum().clamp(min=1)
+        elif granularity == "token":
+            of_tokens = coefficients(counts)
         else:
-            tokens = _chunked_token_losses(model, head, output_embedding, inputs, batch, label_smoothing)
-        return tokens if granularity == "token" else per_sample(tokens)
-    return _classification_losses(unwrap(model).config, _logits(model(**inputs)), batch["labels"], label_smoothing)
+            of_tokens = (coefficients(of_samples) / of_samples.clamp(min=1))[:, None].expand(labels.shape)
+        with predictions.autocast:
+            total, losses = weighted_token_losses(
+                predictions.layer, predictions.hidden, labels.flatten(), of_tokens.flatten(), label_smoothing
+            )
+        tokens = UnitLosses(losses.view(labels.shape), counts)
+        return total, tokens if granularity == "token" else per_sample(tokens)
+    if predictions is not None:
+        tokens = token_losses_from_logits(head, predictions, batch, label_smoothing)
+        units = tokens if granularity == "token" else per_sample(tokens)
+    else:
+        units = unit_losses(
+            model,
+            batch,
+            granularity,
+            label_smoothing=label_smoothing,
+            compute_sample_losses=compute_sample_losses,
+        )
+    if coefficients is None:
+        total = units.mean()
+    else:
+        total = (units.losses * coefficients(units.counts).to(units.losses)).sum()
+    return total, UnitLosses(units.losses.detach(), units.counts)
 
 
 def unsupported_head(model: nn.Module, granularity: str) -> str:
@@ -414,18 +490,33 @@ def _large_output_embedding(model: nn.Module, head: str) -> nn.Module | None:
     return layer if weight is not None and weight.shape[0] >= LARGE_VOCABULARY else None
 
 
-def _chunked_token_losses(
-    model: nn.Module,
-    head: str,
-    output_embedding: nn.Module,
-    inputs: dict[str, Any],
-    batch: Mapping[str, Any],
-    label_smoothing: float,
-) -> UnitLosses:
-    """Score without the logits of the whole batch; with gradients, compute those of a chunk again in the backward pass."""
+@dataclass(frozen=True)
+class _HiddenStates:
+    """What the output embedding of a large vocabulary is applied to."""
+
+    layer: nn.Module
+    states: Tensor  # (n, sequence, d)
+    autocast: torch.autocast
+
+    @property
+    def hidden(self) -> Tensor:
+        return self.states.flatten(0, 1)
+
+    def labels(self, head: str, batch: Mapping[str, Any]) -> Tensor:
+        labels = _aligned_labels(head, batch)
+        if self.states.shape[:2] != labels.shape:
+            raise ValueError(_misaligned(self.states, labels))
+        return labels
+
+
+def _predictions(model: nn.Module, head: str, inputs: dict[str, Any]) -> Tensor | _HiddenStates:
+    """Run a model with tokens: its logits, or what they are computed from where the vocabulary is large."""
+    output_embedding = None if "labels" in inputs else _large_output_embedding(model, head)
+    if output_embedding is None:
+        return _logits(model(**inputs))
     # The model runs with an output embedding that records its input and answers for the first position only. PyTorch's
-    # linear_cross_entropy is not used: its chunked path prepares gradients in the forward pass (measured on a CPU, 1,024
-    # tokens, 49,152 classes: 10 s against 1.5 s) and rounds the losses of bfloat16 inputs to bfloat16.
+    # linear_cross_entropy is not used: its chunked path prepares gradients in the forward pass, for a mean alone (measured on a
+    # CPU, 1,024 tokens, 49,152 classes: 10 s against 1.5 s) and rounds the losses of bfloat16 inputs to bfloat16.
     base = unwrap(model)
     # The first call finds out whether the chunks are the model's logits. If it has gradients they are all computed at once:
     # a second run would draw other dropout masks and move running statistics again.
@@ -456,30 +547,8 @@ def _chunked_token_losses(
             logits[:, :1], recorded[0][1].to(logits.dtype)
         )
     if whole:
-        return token_losses_from_logits(head, logits, batch, label_smoothing)
+        return logits
     if base._bilevel_scores_logits or len(recorded) != 1:
-        return token_losses_from_logits(head, _logits(model(**inputs)), batch, label_smoothing)
+        return _logits(model(**inputs))
     ((hidden, _, autocast),) = recorded
-
-    labels = _aligned_labels(head, batch)
-    if hidden.shape[:2] != labels.shape:
-        raise ValueError(_misaligned(hidden, labels))
-    rows = max(1, CHUNK // output_embedding.weight.shape[0])
-    chunks = zip(hidden.flatten(0, 1).split(rows), labels.flatten().split(rows), strict=True)
-
-    def chunk_losses(hidden_rows: Tensor, label_rows: Tensor) -> Tensor:
-        return F.cross_entropy(
-            _wide(forward(hidden_rows)),
-            label_rows,
-            reduction="none",
-            ignore_index=IGNORE_INDEX,
-            label_smoothing=label_smoothing,
-        )
-
-    if torch.is_grad_enabled():
-        # Only a bare linear layer is sure to draw no random numbers; LoRA's dropout must draw the same again.
-        draws = type(output_embedding) is not nn.Linear
-        chunk_losses = partial(checkpoint, chunk_losses, use_reentrant=False, preserve_rng_state=draws)
-    with autocast:
-        losses = torch.cat([chunk_losses(*chunk) for chunk in chunks])
-    return UnitLosses(losses.view(labels.shape), (labels != IGNORE_INDEX).long())
+    return _HiddenStates(output_embedding, hidden, autocast)

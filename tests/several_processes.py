@@ -31,6 +31,7 @@ from hf_bilevel import (
     CoresetTrainer,
     MixtureConfig,
     MixtureTrainer,
+    large_vocabulary,
     losses,
 )
 from hf_bilevel.trainers.sharding import is_partitioned, is_sharded
@@ -430,7 +431,7 @@ def check_deepspeed(
 
 def check_large_vocabulary(folder: Path, case: str) -> None:
     """Losses in chunks of the output embedding need its weights after its forward pass, which a sharded model does not have."""
-    with patch.object(losses, "LARGE_VOCABULARY", 10), patch.object(losses, "CHUNK", 480):
+    with patch.object(losses, "LARGE_VOCABULARY", 10), patch.object(large_vocabulary, "CHUNK", 480):
         check_sharded(folder, case, name="llama", config=BladeConfig(**ON))
 
 

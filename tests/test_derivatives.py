@@ -13,6 +13,7 @@ from tiny import VOCABULARY, make_model, make_rows, wide_norms
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, ResNetConfig, ResNetForImageClassification
 
+from hf_bilevel import large_vocabulary
 from hf_bilevel import losses as losses_module
 from hf_bilevel.core.subspace import bi_probe, lift, two_sided
 from hf_bilevel.derivatives import (
@@ -23,7 +24,7 @@ from hf_bilevel.derivatives import (
     gradient_at_weights,
     preserved_buffers,
 )
-from hf_bilevel.losses import unit_losses
+from hf_bilevel.losses import unit_losses, weighted_loss
 
 
 class Toy(nn.Module):
@@ -137,6 +138,10 @@ class Case:
         self.direction = [length.to(dtype) * n for n in noise]  # of the length of the weights
 
     def __call__(self) -> tuple[Tensor, Tensor]:
+        losses, coefficients = self.separately()
+        return (losses * coefficients).sum(), losses.detach()
+
+    def separately(self) -> tuple[Tensor, Tensor]:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
             losses = sample_losses(self.name, self.model, self.batch)
         return losses.to(self.coefficients.dtype), self.coefficients
@@ -610,7 +615,7 @@ def test_running_statistics_move_once() -> None:
     for evaluate in (
         lambda case: gradient_at_weights(case.blocks, case),
         lambda case: case.finite_differences().hessian_action(case.direction),
-        lambda case: DoubleBackward(case.blocks, case).hessian_action(case.direction),
+        lambda case: DoubleBackward(case.blocks, case.separately).hessian_action(case.direction),
     ):
         case = Case("resnet")
         evaluate(case)
@@ -674,7 +679,7 @@ def test_dense_hessian_of_every_kind_of_block(kind: str, rank: Any) -> None:
         return case.restricted([part.view(shape) for part, shape in zip(parts, shapes, strict=True)])
 
     exact = kind == "double_backward"
-    oracle = DoubleBackward(case.blocks, case) if exact else case.finite_differences()
+    oracle = DoubleBackward(case.blocks, case.separately) if exact else case.finite_differences()
     direction = case.matrices_of_direction()
     action = oracle.hessian_action(direction)
     tolerance = 1e-11 if exact else 1e-7
@@ -689,14 +694,14 @@ def test_double_backward_against_difference_quotients(name: str) -> None:
     case = Case(name)
     gradient, action, slopes = case.by_differences()
     with untouched(case.model, buffers=name != "resnet"):
-        oracle = DoubleBackward(case.blocks, case)
+        oracle = DoubleBackward(case.blocks, case.separately)
         direction = case.matrices_of_direction()
         got = oracle.hessian_action(direction)
     assert not any(t.requires_grad for t in (*got, *oracle.gradient, oracle.losses))
     assert_close(oracle.gradient, case.restricted(gradient), 1e-11)
     assert_close(got, case.restricted(action), 1e-6)
     assert_close([oracle.slopes(direction)], [slopes], 1e-8)
-    other = DoubleBackward(case.blocks, case)
+    other = DoubleBackward(case.blocks, case.separately)
     assert_close([other.slopes(direction)], [slopes], 1e-8)  # without a Hessian action before
     assert_close(other.hessian_action(direction), got, 1e-11)  # and the graph is still there
 
@@ -704,7 +709,7 @@ def test_double_backward_against_difference_quotients(name: str) -> None:
 def test_a_graph_that_is_not_retained_is_good_for_one_action() -> None:
     case = Case("vit")
     direction = case.matrices_of_direction()
-    kept, freed = (DoubleBackward(case.blocks, case, retain_graph=retain) for retain in (True, False))
+    kept, freed = (DoubleBackward(case.blocks, case.separately, retain_graph=retain) for retain in (True, False))
     assert_close(freed.hessian_action(direction), kept.hessian_action(direction), 1e-14)
     assert_close([freed.slopes(direction)], [kept.slopes(direction)], 1e-14)
     assert_close(freed.gradient, kept.gradient, 1e-14)
@@ -717,7 +722,7 @@ def test_a_graph_that_is_not_retained_is_good_for_one_action() -> None:
 
 
 def oracle_of(kind: str, case: Case) -> FiniteDifferences | DoubleBackward:
-    return DoubleBackward(case.blocks, case) if kind == "double_backward" else case.finite_differences()
+    return DoubleBackward(case.blocks, case.separately) if kind == "double_backward" else case.finite_differences()
 
 
 KINDS = ["finite_differences", "double_backward"]
@@ -742,9 +747,16 @@ def test_checkpointing_gives_the_same_numbers(kind: str, name: str, dropout: flo
 
 
 class LargeVocabulary(Case):
-    """Losses by ``unit_losses``, with label smoothing."""
+    """Losses by ``weighted_loss`` and ``unit_losses``, with label smoothing."""
 
     def __call__(self) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            loss, units = weighted_loss(
+                self.model, self.batch, "sample", lambda counts: self.coefficients, label_smoothing=0.1
+            )
+        return loss, units.losses
+
+    def separately(self) -> tuple[Tensor, Tensor]:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
             losses = unit_losses(self.model, self.batch, "sample", label_smoothing=0.1).losses
         return losses.to(self.coefficients.dtype), self.coefficients
@@ -759,7 +771,7 @@ def test_output_embedding_in_chunks_gives_the_same_numbers(
     kind: str, name: str, kwargs: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The output embedding in full space, tied, in a subspace, and constant."""
-    monkeypatch.setattr(losses_module, "CHUNK", 16 * VOCABULARY)  # of 5 * 12 rows
+    monkeypatch.setattr(large_vocabulary, "CHUNK", 16 * VOCABULARY)  # of 5 * 12 rows
     results = []
     for chunks in (False, True):
         monkeypatch.setattr(losses_module, "LARGE_VOCABULARY", VOCABULARY if chunks else VOCABULARY + 1)
@@ -782,7 +794,7 @@ def test_output_embedding_in_chunks_gives_the_same_numbers(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_output_embedding_in_chunks_in_bfloat16(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses_module, "CHUNK", 16 * VOCABULARY)
+    monkeypatch.setattr(large_vocabulary, "CHUNK", 16 * VOCABULARY)
     results = []
     for chunks in (False, True):
         monkeypatch.setattr(losses_module, "LARGE_VOCABULARY", VOCABULARY if chunks else VOCABULARY + 1)
@@ -900,7 +912,7 @@ EVALUATIONS: dict[str, Callable[[Case], Any]] = {
     "gradient_at_weights": lambda case: gradient_at_weights(case.blocks, case),
     "hessian_action": lambda case: case.finite_differences().hessian_action(case.direction),
     "slopes": lambda case: case.finite_differences().slopes(case.direction),
-    "double_backward": lambda case: DoubleBackward(case.blocks, case).hessian_action(case.direction),
+    "double_backward": lambda case: DoubleBackward(case.blocks, case.separately).hessian_action(case.direction),
 }
 
 

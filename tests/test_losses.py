@@ -45,6 +45,7 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import LabelSmoother
 
+from hf_bilevel import large_vocabulary
 from hf_bilevel import losses as losses_module
 from hf_bilevel.losses import (
     LARGE_VOCABULARY,
@@ -57,6 +58,7 @@ from hf_bilevel.losses import (
     per_sample,
     unit_losses,
     unwrap,
+    weighted_loss,
 )
 
 Batch = dict[str, Tensor]
@@ -845,7 +847,7 @@ def test_large_vocabulary_is_scored_in_chunks(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "llama_tied"])
 def test_large_vocabulary_can_be_differentiated_twice(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses_module, "CHUNK", 16 * LARGE)
+    monkeypatch.setattr(large_vocabulary, "CHUNK", 16 * LARGE)
     model, batch = large(name), text_batch(LARGE, ROWS, 20)
     results = []
     for compute in (whole, unit_losses):
@@ -1048,6 +1050,91 @@ def test_logits_that_are_processed_further_cost_one_forward_pass_more_once(gradi
         for num in expected:
             unit_losses(model, batch, "token")
             assert len(calls) == num
+
+
+def weights_for(counts: Tensor) -> Tensor:
+    """One for each unit, some of them zero."""
+    weights = torch.rand(counts.shape, generator=generator(5), dtype=torch.float64)
+    return weights * (weights > 0.3) * (counts > 0)
+
+
+@pytest.mark.parametrize("name", [*CASES, *LARGE_MODELS, *POSTPROCESSING_MODELS])
+def test_weighted_loss_is_the_sum_of_weighted_losses(name: str) -> None:
+    """Of the mean and of any coefficients, at both granularities, without another pass, and again after the first call."""
+    known = name in CASES
+    model, batch = (CASES[name].build(), CASES[name].batch()) if known else (large(name), text_batch(LARGE, ROWS, 40))
+    for granularity in ("sample", "token") if find_head(model) in TOKEN_HEADS else ("sample",):
+        expected = (unit_losses if known else whole)(model, batch, granularity, label_smoothing=0.1)
+        total = (expected.losses * weights_for(expected.counts)).sum()
+        for coefficients, wanted in ((weights_for, total), (None, expected.mean())):
+            calls: list[int] = []
+            handle = model.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+            with LargestTensor() as watched:
+                actual, units = weighted_loss(model, batch, granularity, coefficients, label_smoothing=0.1)
+                actual_gradients = gradients(model, actual)
+            handle.remove()
+            assert len(calls) == 1 and not units.losses.requires_grad and actual.ndim == 0
+            assert name not in LARGE_MODELS or watched.numel <= MOST
+            assert_same(actual, wanted)
+            assert_same(units.losses, expected.losses.detach())
+            assert torch.equal(units.counts, expected.counts)
+            for got, gradient in zip(actual_gradients, gradients_of(model, wanted), strict=True):
+                assert_same(got, gradient)
+
+
+def gradients_of(model: nn.Module, loss: Tensor) -> list[Tensor]:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    kwargs = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
+    return list(torch.autograd.grad(loss, parameters, **kwargs))
+
+
+@pytest.mark.parametrize("name", LARGE_MODELS)
+def test_weighted_loss_of_a_model_that_is_new(name: str) -> None:
+    """The first call with gradients has all logits at once; it must give the same."""
+    batch, results = text_batch(LARGE, ROWS, 20), []
+    model = LARGE_MODELS[name]()
+    for _ in range(2):
+        total, units = weighted_loss(model, batch, "sample", weights_for)
+        results.append((total.detach(), units.losses, gradients(model, total)))
+    (first, first_losses, first_gradients), (second, second_losses, second_gradients) = results
+    assert_same(first, second)
+    assert_same(first_losses, second_losses)
+    for one, other in zip(first_gradients, second_gradients, strict=True):
+        assert_same(one, other)
+
+
+def test_weighted_loss_of_the_users_own_losses() -> None:
+    model, batch = CASES["llama"].build(), CASES["llama"].batch()
+
+    def losses(model: nn.Module, batch: Batch) -> Tensor:
+        return model(input_ids=batch["input_ids"]).logits.square().mean((1, 2))
+
+    coefficients = torch.arange(len(batch["labels"]), dtype=torch.float64)
+    total, units = weighted_loss(model, batch, "sample", lambda counts: coefficients, compute_sample_losses=losses)
+    assert_same(total, (losses(model, batch) * coefficients).sum())
+    assert_same(units.losses, losses(model, batch).detach())
+    with pytest.raises(ValueError, match="one loss per sample"):
+        weighted_loss(model, batch, "token", compute_sample_losses=losses)
+
+
+def test_weighted_loss_in_mixed_precision() -> None:
+    model, batch = LARGE_MODELS["llama"]().to(torch.float32), text_batch(LARGE, ROWS, 20)
+    with torch.no_grad():
+        unit_losses(model, batch, "token")
+    results = []
+    for compute in ("units", "weighted"):
+        with torch.autocast("cpu", torch.bfloat16):
+            if compute == "units":
+                units = unit_losses(model, batch, "sample")
+                total = (units.losses * weights_for(units.counts).to(torch.float32)).sum()
+            else:
+                total, _ = weighted_loss(model, batch, "sample", weights_for)
+        results.append((total, gradients(model, total)))
+    (expected, wanted), (actual, found) = results
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)
+    assert max(gradient.abs().max() for gradient in wanted) > 1e-3
+    for got, gradient in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, gradient, rtol=0, atol=0.02 * max(1e-6, float(gradient.abs().max())))
 
 
 class OwnHeadForCausalLM(LlamaForCausalLM):

@@ -32,7 +32,15 @@ from hf_bilevel.data import (
     private_randomness,
     read_domains,
 )
-from hf_bilevel.losses import IGNORE_INDEX, SampleLossFunction, UnitLosses, class_of, evaluating, unit_losses
+from hf_bilevel.losses import (
+    IGNORE_INDEX,
+    SampleLossFunction,
+    UnitLosses,
+    class_of,
+    evaluating,
+    unit_losses,
+    weighted_loss,
+)
 from hf_bilevel.subset import SelectedSubset, dataset_facts, ranking_facts
 from hf_bilevel.trainers.agreement import AgreementCallback
 from hf_bilevel.trainers.checkpoints import CheckpointMixin, versions
@@ -204,14 +212,23 @@ class BilevelMixin(CheckpointMixin):
 
     def _losses(self, model: nn.Module, batch: Mapping[str, Any]) -> UnitLosses:
         """Compute the losses of a batch's units as the Trainer computes its own."""
+        return unit_losses(model, batch, self.granularity, **self._loss_settings())
+
+    def _weighted_loss(
+        self,
+        model: nn.Module,
+        batch: Mapping[str, Any],
+        coefficients: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, UnitLosses]:
+        """Compute their sum with coefficients that follow from the units' counts, or their mean; and the losses, detached."""
+        return weighted_loss(model, batch, self.granularity, coefficients, **self._loss_settings())
+
+    def _mean_loss(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+        return self._weighted_loss(model, batch)[0]
+
+    def _loss_settings(self) -> dict[str, Any]:
         smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
-        return unit_losses(
-            model,
-            batch,
-            self.granularity,
-            label_smoothing=smoothing,
-            compute_sample_losses=self.compute_sample_losses,
-        )
+        return {"label_smoothing": smoothing, "compute_sample_losses": self.compute_sample_losses}
 
     # Ids ------------------------------------------------------------------------------------------------------------
 
@@ -409,7 +426,7 @@ class BilevelMixin(CheckpointMixin):
             batch = send_to_device(batch, next(self.model.parameters()).device)
             outputs = self.model(**batch)
             own = outputs["loss"] if isinstance(outputs, dict) else outputs[0]
-            judged_by = self._losses(self.model, batch).mean()
+            judged_by = self._mean_loss(self.model, batch)
         agree = torch.isclose(own.float(), judged_by.float(), rtol=0.02, atol=1e-3)
         if bool(own.isfinite()) and not agree:  # rows without labels have no loss of their own
             warnings.warn(

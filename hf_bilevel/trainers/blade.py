@@ -620,7 +620,7 @@ class BladeMixin(ReferenceMixin):
             self.reference.synchronise()
 
             def penalised_loss(reference: nn.Module, k: int) -> Iterator[Tensor]:
-                yield self._losses(reference, self._draw_target_batch()).mean()
+                yield self._mean_loss(reference, self._draw_target_batch())
                 if self.bilevel_config.penalty > 0:
                     selection = None if selections is None else selections[k]
                     yield self.bilevel_config.penalty * self._lower_loss(
@@ -650,7 +650,7 @@ class BladeMixin(ReferenceMixin):
     def _lower_loss(self, reference: nn.Module, batch: Any, selection: Tensor | None) -> Tensor:
         if selection is not None and self.granularity == "sample":
             rows = selection.nonzero().flatten().tolist()
-            return self._losses(reference, pick_rows(batch, rows, len(selection))).mean()
+            return self._mean_loss(reference, pick_rows(batch, rows, len(selection)))
         units = self._losses(reference, batch)
         finite = units.losses.detach().isfinite()
         return units.mean(finite if selection is None else selection & finite)

@@ -599,7 +599,7 @@ class BrosMixin(BilevelMixin):
         seed = derive_seed(self._seed, self.state.global_step)
         if config.hessian_action == "double_backward":
             retain = config.estimator != "one_sided"
-            oracle: DoubleBackward | FiniteDifferences = DoubleBackward(blocks, weighting, retain_graph=retain)
+            oracle: DoubleBackward | FiniteDifferences = DoubleBackward(blocks, weighting.separately, retain)
         else:
             dtype = torch.bfloat16 if self.args.bf16 else blocks.parameters[0].dtype
             norm = torch.nn.utils.get_total_norm([p.detach() for p in blocks.parameters])
@@ -629,9 +629,8 @@ class BrosMixin(BilevelMixin):
 
         def compute() -> tuple[Tensor, Tensor]:
             with self.compute_loss_context_manager():
-                units = self._losses(self.model, batch)
-            num_units = units.counts.sum().clamp(min=1) * self.current_gradient_accumulation_steps
-            return units.losses, units.counts / num_units
+                loss, units = self._weighted_loss(self.model, batch)
+            return loss / self.current_gradient_accumulation_steps, units.losses
 
         seed = derive_seed(self._seed, self._target_loader.position, self.args.process_index, _TARGET)
         with private_randomness(seed, self.args.device), preserved_buffers(self.model):
@@ -934,23 +933,37 @@ class _Weighting:
         self._differentiable: Tensor | None = None
 
     def __call__(self) -> tuple[Tensor, Tensor]:
+        """Return the loss that is trained, and the samples' losses, detached."""
+        trainer = self._trainer
+        if self._differentiable is None and trainer.bilevel_config.upper_variable == "network":
+            losses, coefficients = self.separately()  # the weights come from the losses
+            return (losses * coefficients).sum(), losses.detach()
+        with trainer.compute_loss_context_manager():
+            loss, units = trainer._weighted_loss(trainer.model, self._batch, self._weigh)
+        return loss, units.losses
+
+    def separately(self) -> tuple[Tensor, Tensor]:
+        """Return the samples' losses, differentiable, and their coefficients."""
         trainer = self._trainer
         with trainer.compute_loss_context_manager():
             units = trainer._losses(trainer.model, self._batch)
+        return units.losses, self._weigh(units.counts, units.losses)
+
+    def _weigh(self, counts: Tensor, losses: Tensor | None = None) -> Tensor:
         if self._differentiable is None:  # the weights of the first evaluation serve all of them
-            if len(units.losses) != len(self._origin):
+            if len(counts) != len(self._origin):
                 raise ValueError(
-                    f"A batch of {len(self._origin)} samples gave {len(units.losses)} losses. Padding-free batches hold "
+                    f"A batch of {len(self._origin)} samples gave {len(counts)} losses. Padding-free batches hold "
                     "several samples in a row: use a padding collator."
                 )
-            self._differentiable = self._find_weights(units.losses)
-            self._counts = units.counts
+            self._counts = counts
+            self._differentiable = self._find_weights(counts.device, losses)
             self.weights = self._differentiable.detach()
             self.coefficients = self.differentiable_coefficients().detach()
-        return units.losses, self.coefficients
+        return self.coefficients
 
-    def _find_weights(self, losses: Tensor) -> Tensor:
-        trainer, device = self._trainer, losses.device
+    def _find_weights(self, device: torch.device, losses: Tensor | None) -> Tensor:
+        trainer = self._trainer
         kind, ids = trainer.bilevel_config.upper_variable, self._origin.sample_ids.to(device)
         if kind == "table":
             return trainer.upper(ids)
@@ -961,7 +974,10 @@ class _Weighting:
             if not trainer._is_stream:
                 trainer._table[ids] = weights.detach()
             return weights
-        return torch.ones_like(losses) if trainer._table is None else trainer._table[ids]
+        if trainer._table is None:
+            dtype = torch.promote_types(trainer.blocks.parameters[0].dtype, torch.float32)
+            return torch.ones(len(ids), dtype=dtype, device=device)
+        return trainer._table[ids]
 
     def differentiable_coefficients(self) -> Tensor:
         """Coefficients of the sample losses in the loss that is trained, by the upper variable."""

@@ -635,7 +635,7 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
         def objective(reference: nn.Module, k: int) -> Iterator[Tensor]:
             for batch, multipliers in zip(steps[k]["batches"], steps[k]["multipliers"], strict=True):
                 yield self._repeated_loss(reference, batch, multipliers, steps[k])
-            yield self._losses(reference, self._draw_target_batch()).mean() / penalty
+            yield self._mean_loss(reference, self._draw_target_batch()) / penalty
 
         def use_recorded_rates(optimizer: torch.optim.Optimizer, k: int) -> None:
             for group, rate in zip(optimizer.param_groups, steps[k]["rates"], strict=True):
@@ -658,7 +658,7 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
         else:
             if multipliers is None:  # the trainer's loss may need that forward, which the twin does not have
                 multipliers = torch.ones(len(inputs["labels"]))
-            loss = self._weighted_loss(model, inputs, multipliers, num_items, num_batches)
+            loss = self._multiplied_loss(model, inputs, multipliers, num_items, num_batches)
         return loss if self._loss_is_of_whole_step(num_items) else loss / num_batches
 
     def _loss_is_of_whole_step(self, num_items: Any) -> bool:
@@ -740,8 +740,8 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
 
         def target() -> tuple[Tensor, Tensor]:
             with self.accelerator.autocast():
-                units = self._losses(self.model, batch)
-            return units.losses, units.counts / units.counts.sum().clamp(min=1)
+                loss, units = self._weighted_loss(self.model, batch)
+            return loss, units.losses
 
         totals = torch.zeros(2, len(self.domain_names), device=self.args.device)
         with evaluating(self.model):
@@ -754,9 +754,9 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
 
                 def domain_losses(inputs: Any = inputs, counts: list[Tensor] = counts) -> tuple[Tensor, Tensor]:
                     with self.accelerator.autocast():
-                        units = self._losses(self.model, inputs)
+                        loss, units = self._weighted_loss(self.model, inputs)
                     counts.append(units.counts)
-                    return units.losses, units.counts
+                    return loss, units.losses
 
                 slopes = FiniteDifferences(blocks, domain_losses, RELATIVE_STEP[dtype], norm).slopes(gradient)
                 totals += self._by_domain(slopes, counts[0], domain_ids)
@@ -796,7 +796,7 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
         try:
             with preserved_buffers(self.model), sdpa_kernel(SDPBackend.MATH):
                 self.model.train()  # an evaluation may lie between
-                loss = self._losses(self.model, self._draw_target_batch()).mean()
+                loss = self._mean_loss(self.model, self._draw_target_batch())
                 adjoint = list(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
                 for entry in reversed(self._tape):
                     with torch.no_grad():
@@ -844,22 +844,28 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         multipliers = self._multipliers(self._pending.popleft())
         num_batches = self.current_gradient_accumulation_steps
-        loss = self._weighted_loss(model, inputs, multipliers, num_items_in_batch, num_batches)
+        loss = self._multiplied_loss(model, inputs, multipliers, num_items_in_batch, num_batches)
         return (loss, {"loss": loss}) if return_outputs else loss
 
-    def _weighted_loss(
+    def _multiplied_loss(
         self, model: nn.Module, inputs: dict[str, Any], multipliers: Tensor, num_items: Any, num_batches: int
     ) -> Tensor:
-        units = self._losses(model, inputs)
-        scale = 1
-        if not self._loss_is_of_whole_step(num_items):
-            num_items = units.counts.sum().clamp(min=1)  # a mean, which the Trainer divides
-        elif num_items is None or not self.model_accepts_loss_kwargs or self.compute_sample_losses is not None:
-            num_items = units.counts.sum().clamp(min=1) * num_batches  # its units are not the labels that were counted
-        elif self.args.average_tokens_across_devices:
+        of_whole_step, scale = self._loss_is_of_whole_step(num_items), 1
+        counted = num_items is not None and self.model_accepts_loss_kwargs and self.compute_sample_losses is None
+        if of_whole_step and counted and self.args.average_tokens_across_devices:
             scale = self.accelerator.num_processes
-        coefficients = loss_coefficients(multipliers.to(units.losses), units.counts, num_items, normalise=False)
-        return (units.losses * coefficients).sum() * scale
+        dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+
+        def coefficients(counts: Tensor) -> Tensor:
+            if not of_whole_step:
+                total = counts.sum().clamp(min=1)  # a mean, which the Trainer divides
+            elif not counted:
+                total = counts.sum().clamp(min=1) * num_batches  # its units are not the labels that were counted
+            else:
+                total = num_items
+            return loss_coefficients(multipliers.to(counts.device, dtype), counts, total, normalise=False)
+
+        return self._weighted_loss(model, inputs, coefficients)[0] * scale
 
     # Results --------------------------------------------------------------------------------------------------------
 

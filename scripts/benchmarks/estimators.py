@@ -35,7 +35,7 @@ from transformers import PrinterCallback, TrainingArguments, ViTConfig, ViTForIm
 from hf_bilevel import BrosConfig, BrosTrainer
 from hf_bilevel.core.subspace import Bases, bi_probe, lift, one_sided, restrict, two_sided
 from hf_bilevel.derivatives import RELATIVE_STEP, DoubleBackward, FiniteDifferences, LowerBlocks
-from hf_bilevel.losses import unit_losses
+from hf_bilevel.losses import unit_losses, weighted_loss
 
 ESTIMATORS = ("naive", "bi_probe", "two_sided", "one_sided")
 RANKS = (4, 8, 16, 32, 48)
@@ -98,9 +98,16 @@ class Oracle:
             "labels": torch.tensor([row["labels"] for row in rows]),
         }
         self.model = model
-        self.compute = lambda: (unit_losses(model, batch, "sample").losses, weights / weights.sum())
-        self._exact = DoubleBackward(LowerBlocks(model, "full"), self.compute)
+        self._batch, self._weights = batch, weights / weights.sum()
+        self._exact = DoubleBackward(LowerBlocks(model, "full"), self._separately)
         self._shapes = [matrix.shape for matrix in LowerBlocks(model, 1).matrices()]
+
+    def _separately(self) -> tuple[Tensor, Tensor]:
+        return unit_losses(self.model, self._batch, "sample").losses, self._weights
+
+    def _weighted(self) -> tuple[Tensor, Tensor]:
+        loss, units = weighted_loss(self.model, self._batch, "sample", lambda counts: self._weights)
+        return loss, units.losses
 
     def gradient(self) -> list[Tensor]:
         """Return the gradient."""
@@ -114,7 +121,7 @@ class Oracle:
         """Return H[D] as the trainer estimates it in full space."""
         blocks = LowerBlocks(self.model, "full")
         norm = torch.nn.utils.get_total_norm([p.detach() for p in blocks.parameters])
-        oracle = FiniteDifferences(blocks, self.compute, RELATIVE_STEP[torch.float32], norm)
+        oracle = FiniteDifferences(blocks, self._weighted, RELATIVE_STEP[torch.float32], norm)
         shaped = [d.view_as(p) for d, p in zip(direction, blocks.parameters, strict=True)]
         return self._shaped(oracle.hessian_action(shaped))
 

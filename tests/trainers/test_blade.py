@@ -878,12 +878,12 @@ def test_restart_after_out_of_memory_in_the_reference_phase(tmp_path: Path) -> N
     rows = []
 
     class Trainer(BladeTrainer):
-        def _losses(self, model: torch.nn.Module, batch: Any) -> Any:
+        def _mean_loss(self, model: torch.nn.Module, batch: Any) -> Any:
             if model.training:
                 rows.append(len(batch["labels"]))
                 if rows[-1] > 4:
                     raise RuntimeError("CUDA out of memory.")
-            return super()._losses(model, batch)
+            return super()._mean_loss(model, batch)
 
     settings = {"selection_ratio": 0.5, "reference_steps": 1, "target_batch_size": 6}
     kwargs = {"target_dataset": make_dataset("vit", 10), "bilevel_config": BladeConfig(**settings)}
