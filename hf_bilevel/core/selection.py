@@ -136,7 +136,8 @@ class SelectionTally:
     Updates stay on the device of their arguments and are added to tables on the CPU every ``flush_every`` calls, so a
     step costs no host sync of its own. Tables grow with the largest id seen, as streams have no known length.
 
-    Each process counts its own batches; ``merge`` adds up what all of them counted since the last merge.
+    Each process counts its own batches; ``merge`` adds up what all of them counted since the last merge. Memory: 24 bytes for
+    an id, and as many again once there are merged counts.
 
     Args:
         num_ids: Initial length of the tables.
@@ -154,7 +155,7 @@ class SelectionTally:
 
     def __init__(self, num_ids: int = 0, flush_every: int = 64) -> None:
         self.flush_every = flush_every
-        self._merged = {field: torch.zeros(num_ids, dtype=torch.float64) for field in self.fields}
+        self._merged: dict[str, Tensor] | None = None  # of all processes
         self._own = {field: torch.zeros(num_ids, dtype=torch.float64) for field in self.fields}
         self._pending: list[tuple[Tensor, ...]] = []
 
@@ -188,7 +189,7 @@ class SelectionTally:
         """Make room for ids below ``num_ids``; never shrinks."""
         missing = num_ids - len(self)
         if missing > 0:
-            for tables in (self._merged, self._own):
+            for tables in (self._own,) if self._merged is None else (self._own, self._merged):
                 for field in self.fields:
                     tables[field] = torch.cat([tables[field], torch.zeros(missing, dtype=torch.float64)])
 
@@ -200,17 +201,28 @@ class SelectionTally:
                 length, see ``grow``.
         """
         self.flush()
-        for field in self.fields:
-            self._merged[field] += reduce(self._own[field])
-            self._own[field] = torch.zeros_like(self._own[field])
+        counted = {field: reduce(self._own[field]) for field in self.fields}
+        if self._merged is not None:
+            counted = {field: table + self._merged[field] for field, table in counted.items()}
+        self._merged = counted
+        self._own = {field: torch.zeros_like(table) for field, table in self._own.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the tables: merged counts, and this process's own since, float64, ``(num_ids,)``."""
         self.flush()
+        if self._merged is None:
+            return {field: table.clone() for field, table in self._own.items()}
         return {field: self._merged[field] + self._own[field] for field in self.fields}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Replace all counts by merged ones."""
+    def load_state_dict(self, state: dict[str, Tensor], merged: bool = True) -> None:
+        """Replace all counts.
+
+        Args:
+            state: From ``state_dict``.
+            merged: Whether the counts are those of all processes together; there is one process otherwise.
+        """
         self._pending = []
-        self._merged = {field: state[field].clone() for field in self.fields}
-        self._own = {field: torch.zeros_like(state[field]) for field in self.fields}
+        self._own = {field: state[field].clone() for field in self.fields}
+        self._merged = None
+        if merged:
+            self._merged, self._own = self._own, {field: torch.zeros_like(state[field]) for field in self.fields}

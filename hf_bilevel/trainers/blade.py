@@ -719,8 +719,8 @@ class BladeMixin(ReferenceMixin):
         return state
 
     def _load_state(self, shared: dict[str, Any], rank: dict[str, Any]) -> None:
-        self.sample_tally.load_state_dict(shared["samples"])
-        self.domain_tally.load_state_dict(shared["domains"])
+        for tally, name in ((self.sample_tally, "samples"), (self.domain_tally, "domains")):
+            tally.load_state_dict(shared[name], merged=self.args.world_size > 1)
         self._synced_at = shared["synced_at"]
         if self.is_world_process_zero():  # they are added up over all processes again
             self._sums.copy_(shared["sums"])

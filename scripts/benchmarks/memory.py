@@ -54,14 +54,14 @@ from hf_bilevel.losses import unit_losses
 
 SCORING_ARMS = ("scoring", "naive", "backbone")
 TRAINING_ARMS = ("adamw", "masoba", "bros_one_sided")
-OTHER_ARMS = ("bros_bi_probe", "bros_rank4", "bros_rank16", "bros_rank192", "bros_full")
+OTHER_ARMS = ("bros_bi_probe", "bros_bfloat16", "bros_rank4", "bros_rank16", "bros_rank192", "bros_full")
 VITS = {"vit_s": (384, 12, 6), "vit_b": (768, 12, 12), "vit_l": (1024, 24, 16)}  # width, layers, heads
 BATCH_SIZES = {"vit_s": 64, "vit_b": 8, "vit_l": 4, "smollm2": 4}
 LENGTH = 256  # tokens of a row of text
 STEPS = 3
 TRAINING = {
     "vit_s": TRAINING_ARMS + OTHER_ARMS,
-    "smollm2": TRAINING_ARMS + OTHER_ARMS[:1],
+    "smollm2": TRAINING_ARMS + OTHER_ARMS[:2],
     "vit_s/checkpointed": TRAINING_ARMS,
     "smollm2/checkpointed": TRAINING_ARMS,
     "vit_b": TRAINING_ARMS,
@@ -145,6 +145,8 @@ def bros_config(arm: str, model: nn.Module) -> BrosConfig:
         # A patch has 48 numbers, so its embedding cannot have a larger rank.
         wide = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "." in n] if rank > 48 else None
         return BrosConfig(rank=str(rank), modules=wide)
+    if arm == "bros_bfloat16":
+        return BrosConfig(rank="48", auxiliary_dtype="bfloat16")
     return BrosConfig(rank="48", estimator=arm.removeprefix("bros_"))
 
 

@@ -1,9 +1,11 @@
 """Seconds of an optimizer step of every method over those of a step of ``transformers.Trainer``, within one run.
 
     python scripts/benchmarks/overhead.py --output scripts/benchmarks/results/overhead.json    # about 30 minutes, 1 thread
+    python scripts/benchmarks/overhead.py --full_size --rounds 3 --output scripts/benchmarks/results/overhead_full_size.json    # as long
     python scripts/benchmarks/overhead.py --smoke
 
-Each arm has a trainer of its own on a copy of one model and on the same random data. In every round each trainer makes one
+The small models show what does not grow with the model; `--full_size` takes ViT-S on 64 patches and SmolLM2-135M instead, with
+random weights and fewer arms, rows and steps. Each arm has a trainer of its own on a copy of one model and on the same random data. In every round each trainer makes one
 short ``train()`` call, in alternating order, and a callback times its steps from the end of one to the end of the next, so
 that fetching, scoring and selecting the next batch are included. The first step of a call is dropped: it holds the set-up,
 and for BLADE the first reference phase. The plain Trainer trains before and after every arm, itself one of them: reported is the
@@ -58,6 +60,11 @@ MODELS = {
     "vit": ("off", "blade_sample", *BROS, "mixture"),
     "llama": ("off", "blade_token", "blade_sample", "phase", *BROS, "mixture", *TRL),
 }
+FULL_SIZE = {
+    "vit_s": ("off", "blade_sample", "bros", "bros_every5"),
+    "smollm2": ("blade_token", "blade_sample", "phase", "bros"),
+}
+FULL_SIZE_BATCH = {"vit_s": 16, "smollm2": 4}
 TIMED_STEPS = {"phase": 2, "bros_every5": 5, "mixture": INNER_STEPS}  # others: as many as the run says
 
 # Forward passes of one step; a reference step trains on a target batch and on a training batch that both models score. BROS
@@ -111,13 +118,23 @@ TARGETS = {
     "step_ratio/vit/mixture": 1.25,
     "step_ratio/llama/mixture": 1.25,
 }
+FULL_SIZE_TARGETS = {
+    "step_ratio/vit_s/off": 1.01,
+    "step_ratio/vit_s/blade_sample": 1.05 * EQUIVALENTS["blade_sample"] / 3,
+    "step_ratio/vit_s/bros": 2.6,
+    "step_ratio/vit_s/bros_every5": 1.4,
+    "step_ratio/smollm2/blade_token": 1.36,
+    "step_ratio/smollm2/blade_sample": 1.05 * EQUIVALENTS["blade_sample"] / 3,
+    "step_ratio/smollm2/bros": 2.6,
+}
 
 
 def build(model_name: str, num_rows: int, seed: int, smoke: bool) -> tuple[nn.Module, list[dict]]:
     """Random weights and random data: the time of a step does not depend on either."""
     torch.manual_seed(seed)
-    if model_name == "vit":  # ViT-S on 64 patches, at half its width
-        layers, width = (2, 64) if smoke else (12, 192)
+    full_size = model_name in FULL_SIZE
+    if model_name in ("vit", "vit_s"):  # ViT-S on 64 patches, or at half its width
+        layers, width = (2, 64) if smoke else (12, 384 if full_size else 192)
         shape = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": width // 64}
         config = ViTConfig(**shape, intermediate_size=4 * width, image_size=32, patch_size=4, num_labels=100)
         data = [
@@ -125,9 +142,14 @@ def build(model_name: str, num_rows: int, seed: int, smoke: bool) -> tuple[nn.Mo
             for i in range(num_rows)
         ]
         return ViTForImageClassification(config), data
-    layers, width, vocabulary, length = (2, 64, 512, 64) if smoke else (4, 256, 8192, 128)
-    shape = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = LlamaConfig(**shape, intermediate_size=8 * width // 3, vocab_size=vocabulary, use_cache=False)
+    if full_size and not smoke:
+        layers, width, vocabulary, length = 30, 576, 49152, 256
+        shape = {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
+    else:
+        layers, width, vocabulary, length = (2, 64, 512, 64) if smoke else (4, 256, 8192, 128)
+        shape = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    shape |= {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": 8 * width // 3}
+    config = LlamaConfig(**shape, vocab_size=vocabulary, use_cache=False)
     tokens = torch.randint(vocabulary, (num_rows, length))
     rows = [{"input_ids": row, "labels": row, "domain": i % NUM_DOMAINS} for i, row in enumerate(tokens)]
     return LlamaForCausalLM(config), rows
@@ -315,7 +337,7 @@ def summarise(rows: list[dict]) -> dict[str, float]:
         else:
             summary[f"limit/{model}/{arm}"] = own[0]["limit"]
             summary[f"forward_equivalents/{model}/{arm}"] = own[0]["forward_equivalents"]
-    for model in MODELS:
+    for model in [model for model, arm in arms if arm == "masoba"]:
         bros, masoba = (
             [ratio for row in rows if (row["model"], row["arm"]) == (model, arm) for ratio in row["ratios"]]
             for arm in ("bros", "masoba")
@@ -329,32 +351,38 @@ def summarise(rows: list[dict]) -> dict[str, float]:
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny models and two rounds")
+    parser.add_argument("--full_size", action="store_true", help="ViT-S and SmolLM2-135M, instead of small models")
     parser.add_argument("--seeds", type=int, default=1, help="repetitions with other weights and data")
     parser.add_argument("--rounds", type=int, help="alternations of the arms for each seed; 10, or 2 with --smoke")
     parser.add_argument("--output", help="JSON file to write")
     options = parser.parse_args(argv)
     rounds = options.rounds or (2 if options.smoke else 10)
-    batch_size, steps = (4, 2) if options.smoke else (8, 4)
+    steps = 2 if options.smoke else 1 if options.full_size else 4
+    batch_sizes = FULL_SIZE_BATCH if options.full_size else dict.fromkeys(MODELS, 8)
+    if options.smoke:
+        batch_sizes = dict.fromkeys(batch_sizes, 4)
     warnings.filterwarnings("ignore", "The subspaces of")  # of so short a run cover little
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # repeatable: other work on the machine then takes another core
     try:
-        rows = []
+        rows, targets = [], FULL_SIZE_TARGETS if options.full_size else TARGETS
         for seed in range(options.seeds):
-            for name, arms in MODELS.items():
-                rows += measure(name, ("plain", *arms), seed, batch_size, steps, rounds, options.smoke)
-                large = measure(name, ("plain", "bros"), seed, LARGE * batch_size, steps, rounds, options.smoke)
-                rows += [row | {"arm": f"{row['arm']}_large"} for row in large]
+            for name, arms in (FULL_SIZE if options.full_size else MODELS).items():
+                settings = steps, rounds, options.smoke
+                rows += measure(name, ("plain", *arms), seed, batch_sizes[name], *settings)
+                if not options.full_size:
+                    large = measure(name, ("plain", "bros"), seed, LARGE * batch_sizes[name], *settings)
+                    rows += [row | {"arm": f"{row['arm']}_large"} for row in large]
         config = {
-            **{"smoke": options.smoke, "seeds": options.seeds, "rounds": rounds, "timed_steps": steps},
-            **{"batch_size": batch_size, "selection_ratio": RATIO, "threads": 1},
+            **{"smoke": options.smoke, "full_size": options.full_size, "seeds": options.seeds, "rounds": rounds},
+            **{"timed_steps": steps, "batch_sizes": batch_sizes, "selection_ratio": RATIO, "threads": 1},
             "reference_steps_per_step": SHARE,
-            "targets": TARGETS,
+            "targets": targets,
             "notes": [
                 "The plain arm trains on all candidates, also where blade_sample trains on the selected half.",
                 "std and ratio_range are over rounds.",
                 "A reference step of the phase: penalty 1, target batch as large as the candidate batch.",
-                f"bros_large: {LARGE * batch_size} rows, in a run of its own; plain_large is the noise of that run.",
+                f"bros_large: {LARGE} times the rows, in a run of its own; plain_large is the noise of that run.",
                 "BROS: rank 0.125, one-sided, a fresh subspace at every step, target batch as large as the training batch.",
             ],
         }
@@ -372,7 +400,7 @@ def main(argv: list[str] | None = None) -> dict:
             for row in rows
         ],
     )
-    for name, target in TARGETS.items():
+    for name, target in targets.items():
         print(
             f"{name} {summary[name]:.3f}, target of the full run {target:.3f}: {'met' if summary[name] <= target else 'MISSED'}"
         )

@@ -1,9 +1,10 @@
 """Where the time of a step goes: PyTorch's profiler on every method, beside the limit by counting passes.
 
     python scripts/benchmarks/profile_steps.py --output scripts/benchmarks/results/profile_steps.json    # about 10 minutes, 1 thread
+    python scripts/benchmarks/profile_steps.py --full_size --output scripts/benchmarks/results/profile_steps_full_size.json
     python scripts/benchmarks/profile_steps.py --smoke
 
-Models, data and trainers are those of `overhead.py`, and as there the first step of a `train()` call, with the set-up, is left out.
+Models, data and trainers are those of `overhead.py`, with `--full_size` ViT-S and SmolLM2-135M, of one step each; and as there the first step of a `train()` call, with the set-up, is left out.
 The time that operators take themselves is added up by kind and divided by the whole of the plain Trainer's, just before and after; so a
 row's sum is what an arm costs in operators, and its excess over the limit is what is not arithmetic. The arms take turns in every round;
 of each the round with the median sum counts. `mixture` is left out, whose steps are plain ones and reference steps like these. Time outside of operators is not counted: the profiler itself slows it down. `overhead.py` measures whole steps.
@@ -15,7 +16,7 @@ import warnings
 from collections import Counter
 
 import torch
-from overhead import EQUIVALENTS, MODELS, TIMED_STEPS, build, count_forwards, make_trainer
+from overhead import EQUIVALENTS, FULL_SIZE, FULL_SIZE_BATCH, MODELS, TIMED_STEPS, build, count_forwards, make_trainer
 from report import print_table, write_report
 from torch.profiler import ProfilerActivity, profile
 from transformers import Trainer, TrainerCallback
@@ -82,17 +83,22 @@ def profile_steps(trainer: Trainer) -> dict[str, float]:
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny models")
+    parser.add_argument("--full_size", action="store_true", help="ViT-S and SmolLM2-135M, instead of small models")
     parser.add_argument("--output", help="JSON file to write")
     options = parser.parse_args(argv)
-    batch_size, steps, rounds = (4, 2, 1) if options.smoke else (8, 5, 3)
+    arms_of = FULL_SIZE if options.full_size else MODELS
+    batch_sizes = FULL_SIZE_BATCH if options.full_size else dict.fromkeys(MODELS, 8)
+    steps, rounds = (2, 1) if options.smoke else (1, 3) if options.full_size else (5, 3)
+    if options.smoke:
+        batch_sizes = dict.fromkeys(arms_of, 4)
     warnings.filterwarnings("ignore", "The subspaces of")  # of so short a run cover little
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     rows, summary, table = [], {}, []
     try:
-        for name in MODELS:
+        for name, batch_size in batch_sizes.items():
             model, data = build(name, batch_size * (1 + max(steps, *TIMED_STEPS.values())), 0, options.smoke)
-            arms = ["plain", *(arm for arm in MODELS[name] if arm not in ("off", "phase", "mixture"))]
+            arms = ["plain", *(arm for arm in arms_of[name] if arm not in ("off", "phase", "mixture"))]
             with tempfile.TemporaryDirectory() as folder:
                 trainers = {arm: make_trainer(arm, model, data, batch_size, steps, f"{folder}/{arm}") for arm in arms}
                 equivalents = {
@@ -116,7 +122,14 @@ def main(argv: list[str] | None = None) -> dict:
     finally:
         torch.set_num_threads(threads)
     print_table(["model", "arm", *COLUMNS, "sum", "limit"], table)
-    config = {"smoke": options.smoke, "batch_size": batch_size, "steps": steps, "rounds": rounds, "threads": 1}
+    config = {
+        "smoke": options.smoke,
+        "full_size": options.full_size,
+        "batch_sizes": batch_sizes,
+        "steps": steps,
+        "rounds": rounds,
+        "threads": 1,
+    }
     return write_report("profile_steps", config, rows, summary, options.output)
 
 

@@ -453,6 +453,18 @@ def test_tally_holds_updates_back_until_they_are_due() -> None:
     assert lengths == [0, 0, 3, 3]
 
 
+def test_one_process_keeps_one_set_of_tables() -> None:
+    """What a process restores as its own is kept once, and is a copy of the state."""
+    tally = SelectionTally(3)
+    tally.update(*one_unit(1))
+    state = tally.state_dict()
+    alone = SelectionTally(3)
+    alone.load_state_dict(state, merged=False)
+    alone.update(*one_unit(1))
+    assert state["offered"].tolist() == [0, 1, 0] and alone.state_dict()["offered"].tolist() == [0, 2, 0]
+    assert tally._merged is None and alone._merged is None
+
+
 @given(updates(), updates(), updates())
 def test_restored_tally_counts_on_without_counting_twice(
     merged: list[Update], own: list[Update], later: list[Update]
