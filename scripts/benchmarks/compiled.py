@@ -14,9 +14,8 @@ import statistics
 import tempfile
 import warnings
 
-import torch
 from overhead import build, make_trainer, train
-from report import print_table, write_report
+from report import print_table, repeatable, write_report
 from torch._dynamo.utils import counters
 
 ARMS = {"llama": ("plain", "blade_token", "blade_sample"), "vit": ("plain", "blade_sample")}
@@ -67,12 +66,8 @@ def main(argv: list[str] | None = None) -> dict:
     options = parser.parse_args(argv)
     batch_size, steps, rounds = (4, 2, 1) if options.smoke else (8, 4, 5)
     warnings.filterwarnings("ignore", ".*")  # of the compiler, about the machine
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with repeatable():
         rows = [row for name in ARMS for row in measure(name, batch_size, steps, rounds, options.smoke)]
-    finally:
-        torch.set_num_threads(threads)
     kinds = ("ratio", "recompilations")
     summary = {f"{kind}/{row['model']}/{row['arm']}": row[kind] for row in rows for kind in kinds}
     print_table(

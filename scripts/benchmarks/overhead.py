@@ -32,7 +32,7 @@ from collections import Counter
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from report import mean_and_std, print_table, write_report
+from report import mean_and_std, print_table, repeatable, write_report
 from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import (
@@ -362,9 +362,7 @@ def main(argv: list[str] | None = None) -> dict:
     if options.smoke:
         batch_sizes = dict.fromkeys(batch_sizes, 4)
     warnings.filterwarnings("ignore", "The subspaces of")  # of so short a run cover little
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # repeatable: other work on the machine then takes another core
-    try:
+    with repeatable():
         rows, targets = [], FULL_SIZE_TARGETS if options.full_size else TARGETS
         for seed in range(options.seeds):
             for name, arms in (FULL_SIZE if options.full_size else MODELS).items():
@@ -388,8 +386,6 @@ def main(argv: list[str] | None = None) -> dict:
         }
         summary = summarise(rows)
         report = write_report("overhead", config, rows, summary, options.output)
-    finally:
-        torch.set_num_threads(threads)
     print_table(
         ["model", "arm", "seconds", "ratio", "range", "limit"],
         [

@@ -18,7 +18,7 @@ import warnings
 
 import torch
 from overhead import StepClock, build, train
-from report import print_table, write_report
+from report import print_table, repeatable, write_report
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
@@ -104,11 +104,9 @@ def main(argv: list[str] | None = None) -> dict:
     options = parser.parse_args(argv)
     batch_size, steps, rounds, longest = (16, 2, 1, 32) if options.smoke else (32, 2, 3, LONGEST)
     warnings.filterwarnings("ignore", ".*pad_token_id")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     model, _ = build("llama", 1, 0, options.smoke)
     rows = [{"input_ids": row} for row in make_rows(batch_size * (1 + steps), 0, longest)]
-    try:
+    with repeatable():
         with tempfile.TemporaryDirectory() as folder:
             trainers = {arm: make_trainer(arm, model, rows, batch_size, steps, folder) for arm in ARMS}
             columns = {arm: count_columns(trainer) for arm, trainer in trainers.items()}  # warms up as well
@@ -120,8 +118,6 @@ def main(argv: list[str] | None = None) -> dict:
                     after = statistics.fmean(train(trainers["plain"]))
                     ratios[arm].append(seconds / ((before + after) / 2))
                     before = after
-    finally:
-        torch.set_num_threads(threads)
     found = [
         {
             "arm": arm,

@@ -15,9 +15,8 @@ import tempfile
 import warnings
 from collections import Counter
 
-import torch
 from overhead import EQUIVALENTS, FULL_SIZE, FULL_SIZE_BATCH, MODELS, TIMED_STEPS, build, count_forwards, make_trainer
-from report import print_table, write_report
+from report import print_table, repeatable, write_report
 from torch.profiler import ProfilerActivity, profile
 from transformers import Trainer, TrainerCallback
 
@@ -92,10 +91,8 @@ def main(argv: list[str] | None = None) -> dict:
     if options.smoke:
         batch_sizes = dict.fromkeys(arms_of, 4)
     warnings.filterwarnings("ignore", "The subspaces of")  # of so short a run cover little
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     rows, summary, table = [], {}, []
-    try:
+    with repeatable():
         for name, batch_size in batch_sizes.items():
             model, data = build(name, batch_size * (1 + max(steps, *TIMED_STEPS.values())), 0, options.smoke)
             arms = ["plain", *(arm for arm in arms_of[name] if arm not in ("off", "phase", "mixture"))]
@@ -119,8 +116,6 @@ def main(argv: list[str] | None = None) -> dict:
                 summary |= {f"{kind}/{name}/{arm}": share for kind, share in found.items()}
                 summary |= {f"operators/{name}/{arm}": total, f"limit/{name}/{arm}": limit}
                 table.append([name, arm, *(f"{number:.2f}" for number in (*found.values(), total, limit))])
-    finally:
-        torch.set_num_threads(threads)
     print_table(["model", "arm", *COLUMNS, "sum", "limit"], table)
     config = {
         "smoke": options.smoke,

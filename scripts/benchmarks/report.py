@@ -1,10 +1,13 @@
 """How every benchmark writes what it measured: one JSON file and a table."""
 
+import ctypes
 import datetime
 import json
 import os
 import platform
 import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -41,6 +44,25 @@ def write_report(
         Path(output).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         print(f"Wrote {output}")
     return report
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Take one thread, so that other work takes another core, and keep what is freed, as the allocators of accelerators do.
+
+    glibc gives memory back to the system and has it zeroed anew, in some trainers in every step and in others never, by chance
+    of what lies at the top of its heap: up to a fifth of a step.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    if platform.libc_ver()[0] == "glibc":
+        libc, trim_threshold, mmap_max = ctypes.CDLL(None), -1, -4  # of malloc.h
+        libc.mallopt(trim_threshold, -1)  # never
+        libc.mallopt(mmap_max, 0)  # from the heap, whatever the size
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def mean_and_std(values: list[float]) -> tuple[float, float]:
