@@ -20,7 +20,7 @@ from hf_bilevel.trainers.config import BilevelConfig
 from hf_bilevel.trainers.coreset import NUM_UNIFORM, CoresetConfig
 from hf_bilevel.trainers.cost import TRAINING, Load
 from hf_bilevel.trainers.mixture import MixtureConfig
-from hf_bilevel.trainers.reference import is_peft_model
+from hf_bilevel.trainers.reference_models import is_peft_model
 
 SHOWN = ("output_dir", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
 

@@ -31,7 +31,7 @@ from hf_bilevel.subset import SelectedSubset
 from hf_bilevel.trainers.base import BilevelMixin
 from hf_bilevel.trainers.config import BilevelConfig
 from hf_bilevel.trainers.cost import TRAINING, Load
-from hf_bilevel.trainers.reference import is_peft_model
+from hf_bilevel.trainers.reference_models import is_peft_model
 
 MIN_COVERAGE = 10
 

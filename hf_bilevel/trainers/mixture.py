@@ -51,7 +51,8 @@ from hf_bilevel.subset import SelectedSubset
 from hf_bilevel.trainers.config import BilevelConfig
 from hf_bilevel.trainers.cost import TRAINING, Load
 from hf_bilevel.trainers.domain_evaluation import DomainEvaluationMixin
-from hf_bilevel.trainers.reference import ReferenceMixin, has_forward_of_its_own
+from hf_bilevel.trainers.reference import ReferenceMixin
+from hf_bilevel.trainers.reference_models import has_forward_of_its_own
 from hf_bilevel.trainers.sharding import gathered, spread_state
 
 MIXTURE_NAME = "mixture.json"

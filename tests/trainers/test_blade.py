@@ -585,7 +585,7 @@ def test_peft_reference_is_what_a_copy_would_be(tmp_path: Path) -> None:
     class CopyTrainer(BladeTrainer):
         def _begin_training(self) -> None:
             super()._begin_training()
-            from hf_bilevel.trainers.reference import ReferenceCopy, copy_of
+            from hf_bilevel.trainers.reference_models import ReferenceCopy, copy_of
 
             self.reference.remove()
             self.reference = ReferenceCopy(self.model, copy_of(self.model), None, self.args.device, parked=False)
@@ -1254,7 +1254,7 @@ def test_own_compute_loss(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["closure", "bound", "bound closure", "closure under autocast"])
 def test_a_reference_runs_its_own_weights_whatever_forward_the_model_was_given(kind: str) -> None:
     """TRL exchanges `forward` by a closure over the model, accelerate's autocast wraps what it finds."""
-    from hf_bilevel.trainers.reference import ReferenceCopy, copy_of
+    from hf_bilevel.trainers.reference_models import ReferenceCopy, copy_of
 
     model = make_model("llama").eval()
     forward = type(model).forward
