@@ -107,9 +107,10 @@ def synchronisation_schedule(sync_steps: int | None, reference_steps: int | None
     """Resolve the synchronisation period T and the reference steps K.
 
     Published: five synchronisations in 5,000 steps (T = 1,000) with K = 300, and no difference for T from 500 to
-    2,000. "auto": twenty synchronisations in a run, 40 to 1,000 steps apart, and the published K = 0.3 T, but at least 20
-    steps, or T if that is less: the proxy moves on for T steps while the reference waits, and a reference that had taken a
-    handful of steps did worse than no selection.
+    2,000. "auto": as many in a run of up to 5,000 steps, and every 1,000 steps in longer ones, at least 40 apart; and K = 0.1 T,
+    but at least 20 steps, or T if that is less: a reference that had taken a handful of steps did worse than no selection. For
+    the same K / T, few long phases did better than many short ones, and a third of the published K / T did as well
+    for its cost (``scripts/benchmarks/schedules.py``).
 
     Args:
         sync_steps: T, or None for "auto".
@@ -121,12 +122,12 @@ def synchronisation_schedule(sync_steps: int | None, reference_steps: int | None
 
     Example:
         >>> [synchronisation_schedule(None, None, max_steps) for max_steps in (100_000, 1_000, 100, 10)]
-        [(1000, 300), (50, 20), (40, 20), (10, 10)]
+        [(1000, 100), (200, 20), (40, 20), (10, 10)]
     """
     if sync_steps is None:
-        sync_steps = min(max_steps, 1000, max(40, -(-max_steps // 20)))
+        sync_steps = min(max_steps, 1000, max(40, -(-max_steps // 5)))
     if reference_steps is None:
-        reference_steps = max(round(0.3 * sync_steps), min(sync_steps, 20))
+        reference_steps = max(round(0.1 * sync_steps), min(sync_steps, 20))
     return sync_steps, reference_steps
 
 

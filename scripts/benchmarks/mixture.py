@@ -133,12 +133,8 @@ def inner_steps_of(arm: str, steps: int) -> int:
     return chosen.get(arm, auto)
 
 
-def run_arm(arm: str, setting: str, seed: int, data: dict, steps: int, folder: str, settings: dict) -> dict:
-    cost = cost_of(arm, steps)
-    same_cost = max(1, round(steps * cost_of("penalty_auto", steps) / cost))
-    max_steps = max(steps, same_cost) if arm in FIXED else steps
-    judge = Judge(data["held_out"], [steps, same_cost])
-    args = TrainingArguments(
+def make_args(folder: str, max_steps: int, seed: int) -> TrainingArguments:
+    return TrainingArguments(
         folder,
         max_steps=max_steps,
         per_device_train_batch_size=BATCH,
@@ -152,6 +148,14 @@ def run_arm(arm: str, setting: str, seed: int, data: dict, steps: int, folder: s
         use_cpu=not torch.cuda.is_available(),
         seed=seed,
     )
+
+
+def run_arm(arm: str, setting: str, seed: int, data: dict, steps: int, folder: str, settings: dict) -> dict:
+    cost = cost_of(arm, steps)
+    same_cost = max(1, round(steps * cost_of("penalty_auto", steps) / cost))
+    max_steps = max(steps, same_cost) if arm in FIXED else steps
+    judge = Judge(data["held_out"], [steps, same_cost])
+    args = make_args(folder, max_steps, seed)
     pool = data["pool"]
     if arm == "target":
         pool = [row for row in pool if row["domain"] in TARGETS[setting]]
