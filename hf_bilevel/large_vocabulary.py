@@ -26,6 +26,9 @@ IGNORE_INDEX = -100
 CHUNK = 8 * 2**20
 """Logits of a large vocabulary that exist at a time. They and two copies inside the cross-entropy take 3 * 32 MiB."""
 
+MIN_ROWS = 128
+"""Rows of a chunk at least, though their logits be more: every chunk also passes over the whole gradient of the weights."""
+
 
 def token_losses(layer: nn.Module, hidden: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Compute the cross-entropy of every token.
@@ -274,7 +277,7 @@ def _counts_rows(device: torch.device) -> bool:
 
 
 def _rows_of_chunk(num_classes: int) -> int:
-    return max(1, CHUNK // num_classes)
+    return max(MIN_ROWS, CHUNK // num_classes)
 
 
 def _dtype_of_product(hidden: Tensor) -> torch.dtype:

@@ -431,7 +431,8 @@ def check_deepspeed(
 
 def check_large_vocabulary(folder: Path, case: str) -> None:
     """Losses in chunks of the output embedding need its weights after its forward pass, which a sharded model does not have."""
-    with patch.object(losses, "LARGE_VOCABULARY", 10), patch.object(large_vocabulary, "CHUNK", 480):
+    chunk = patch.multiple(large_vocabulary, CHUNK=480, MIN_ROWS=1)
+    with patch.object(losses, "LARGE_VOCABULARY", 10), chunk:
         check_sharded(folder, case, name="llama", config=BladeConfig(**ON))
 
 

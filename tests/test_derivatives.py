@@ -772,6 +772,7 @@ def test_output_embedding_in_chunks_gives_the_same_numbers(
 ) -> None:
     """The output embedding in full space, tied, in a subspace, and constant."""
     monkeypatch.setattr(large_vocabulary, "CHUNK", 16 * VOCABULARY)  # of 5 * 12 rows
+    monkeypatch.setattr(large_vocabulary, "MIN_ROWS", 1)
     results = []
     for chunks in (False, True):
         monkeypatch.setattr(losses_module, "LARGE_VOCABULARY", VOCABULARY if chunks else VOCABULARY + 1)
@@ -795,6 +796,7 @@ def test_output_embedding_in_chunks_gives_the_same_numbers(
 @pytest.mark.parametrize("kind", KINDS)
 def test_output_embedding_in_chunks_in_bfloat16(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(large_vocabulary, "CHUNK", 16 * VOCABULARY)
+    monkeypatch.setattr(large_vocabulary, "MIN_ROWS", 1)
     results = []
     for chunks in (False, True):
         monkeypatch.setattr(losses_module, "LARGE_VOCABULARY", VOCABULARY if chunks else VOCABULARY + 1)

@@ -20,6 +20,7 @@ NUM, WIDTH, CLASSES = 23, 6, 11
 def small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Chunks of five rows; with the rows that are needed alone, and, as on an accelerator, all rows."""
     monkeypatch.setattr(large_vocabulary, "CHUNK", 5 * CLASSES)
+    monkeypatch.setattr(large_vocabulary, "MIN_ROWS", 1)
     monkeypatch.setattr(large_vocabulary, "_counts_rows", lambda device: request.param == "counted")
     yield request.param
 
@@ -96,6 +97,16 @@ def test_no_labels_at_all() -> None:
     for total, losses in both(layer, hidden, labels.fill_(IGNORE_INDEX), coefficients, 0.2).values():
         assert not losses.any() and not total.any()
         assert not any(g.any() for g in gradients(total, layer, hidden))
+
+
+def test_a_chunk_has_some_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(large_vocabulary, "MIN_ROWS", 9)
+    layer, hidden, labels, coefficients = problem()
+    sizes: list[int] = []
+    log_softmax = torch.log_softmax
+    monkeypatch.setattr(torch, "log_softmax", lambda x, dim: (sizes.append(len(x)), log_softmax(x, dim))[1])
+    weighted_token_losses(layer, hidden, labels.fill_(1), coefficients)
+    assert sizes == [9, 9, 5]
 
 
 def test_differentiated_twice() -> None:

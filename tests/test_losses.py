@@ -848,6 +848,7 @@ def test_large_vocabulary_is_scored_in_chunks(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "llama_tied"])
 def test_large_vocabulary_can_be_differentiated_twice(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(large_vocabulary, "CHUNK", 16 * LARGE)
+    monkeypatch.setattr(large_vocabulary, "MIN_ROWS", 1)
     model, batch = large(name), text_batch(LARGE, ROWS, 20)
     results = []
     for compute in (whole, unit_losses):

@@ -79,9 +79,12 @@ def test_model_cards(script, tmp_path: Path, capsys: pytest.CaptureFixture) -> N
         ("noisy_labels", "gap_closed/blade"),
         (
             "overhead",
-            "step_ratio/llama/blade_token step_ratio/vit/bros bros_over_masoba_step/llama step_ratio/vit/mixture",
+            "step_ratio/llama/blade_token_auto step_ratio/vit/bros bros_over_masoba_step/llama step_ratio/vit/mixture",
         ),
+        ("overhead --full_size", "step_ratio/smollm2/blade_token_auto step_ratio/vit_s/bros_every5"),
         ("profile_steps", "products/llama/blade_token operators/vit/bros limit/vit/masoba"),
+        ("profile_steps --full_size", "products/smollm2/blade_token operators/vit_s/bros"),
+        ("schedules", "perplexity/auto/8 log/random cost/all"),
         ("padding", "ratio/blade_sample columns/all_padding"),
         ("compiled", "ratio/llama/blade_token_compiled recompilations/vit/blade_sample_compiled"),
         ("scale", "milliseconds/tally/1000 checkpoint_bytes/mixture/10 bytes/weights/100"),
@@ -98,8 +101,9 @@ def test_model_cards(script, tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     ],
 )
 def test_benchmark_smoke(script, name: str, keys: str, tmp_path: Path) -> None:
+    name, *options = name.split()
     output = tmp_path / f"{name}.json"
-    report = script(f"benchmarks/{name}").main(["--smoke", "--output", str(output)])
+    report = script(f"benchmarks/{name}").main(["--smoke", *options, "--output", str(output)])
     assert json.loads(output.read_text())["summary"] == report["summary"]
     assert set(keys.split()) <= set(report["summary"])
     assert {"benchmark", "date", "hardware", "versions", "config", "rows", "summary"} == set(report)

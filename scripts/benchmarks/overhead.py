@@ -12,8 +12,8 @@ and for BLADE the first reference phase. The plain Trainer trains before and aft
 median over rounds of an arm's time over the mean of these two, and how far those of the plain arm lie from 1 is the noise.
 
 ``limit`` is what counting forward passes predicts, a plain step being 3; the passes of the real runs are counted too, and
-must agree. ``blade_token_amortised`` adds the reference phase at the published K / T = 300 / 1,000, from the measured cost
-of a reference step. ``bros`` is BrosTrainer as it comes, with a fresh subspace at every step of so short a run;
+must agree. ``blade_token_amortised`` adds the reference phase as published, at K / T = 300 / 1,000 and with the penalty, and
+``blade_token_auto`` as BladeConfig has it, at a tenth and on target batches alone, from the measured costs of a reference step. ``bros`` is BrosTrainer as it comes, with a fresh subspace at every step of so short a run;
 ``bros_large`` is the same with four times the rows, in a run of its own beside the plain Trainer: what BROS does to the weights
 themselves costs as much whatever the batch. ``bros_every5`` moves the weights at every fifth step and is timed over five; ``masoba`` is in full space, by double backward.
 ``mixture`` is MixtureTrainer as it comes in a run of 400 steps (T = 49, K = 4), timed over the T steps of one update.
@@ -48,24 +48,30 @@ from transformers import (
 )
 
 from hf_bilevel import BladeConfig, BladeMixin, BladeTrainer, BrosConfig, BrosTrainer, MixtureConfig, MixtureTrainer
+from hf_bilevel.core.selection import synchronisation_schedule
 
 RATIO = {"blade_token": 0.6, "blade_sample": 0.5}
 SHARE = 300 / 1000  # published K / T
+_sync_steps, _reference_steps = synchronisation_schedule(None, None, max_steps=5000)
+AUTO_SHARE = _reference_steps / _sync_steps
 PHASE_STEPS = 2  # reference steps of a measured reference phase
+# As published, with the penalty, and as BladeConfig has it, on target batches alone; and what they are a part of.
+PHASES = {"phase": "reference_phase_step", "phase_target": "reference_phase_step_on_target"}
+AMORTISED = {"blade_token_amortised": ("phase", SHARE), "blade_token_auto": ("phase_target", AUTO_SHARE)}
 BROS = ("bros", "bros_every5", "masoba")
 LARGE = 4  # times the batch, of another run of BROS
 TRL = ("sft", "blade_sft") if importlib.util.find_spec("trl") else ()
 INNER_STEPS, REFERENCE_STEPS, NUM_DOMAINS = 49, 4, 4  # of MixtureTrainer, T and K by default for 400 steps
 MODELS = {
     "vit": ("off", "blade_sample", *BROS, "mixture"),
-    "llama": ("off", "blade_token", "blade_sample", "phase", *BROS, "mixture", *TRL),
+    "llama": ("off", "blade_token", "blade_sample", *PHASES, *BROS, "mixture", *TRL),
 }
 FULL_SIZE = {
     "vit_s": ("off", "blade_sample", "bros", "bros_every5"),
-    "smollm2": ("blade_token", "blade_sample", "phase", "bros"),
+    "smollm2": ("blade_token", "blade_sample", "phase_target", "bros"),
 }
 FULL_SIZE_BATCH = {"vit_s": 16, "smollm2": 4}
-TIMED_STEPS = {"phase": 2, "bros_every5": 5, "mixture": INNER_STEPS}  # others: as many as the run says
+TIMED_STEPS = {**dict.fromkeys(PHASES, 2), "bros_every5": 5, "mixture": INNER_STEPS}  # others: as many as the run says
 
 # Forward passes of one step; a reference step trains on a target batch and on a training batch that both models score. BROS
 # trains on a target batch once and on the training batch twice.
@@ -77,6 +83,7 @@ CALLS = {
     "blade_sft": {"proxy train": 1, "reference score": 1},
     "blade_sample": {"proxy train": 1, "reference score": 1, "proxy score": 1},
     "phase": {"reference train": 2, "reference score": 1, "proxy score": 1},
+    "phase_target": {"reference train": 1},
     "bros": {"proxy train": 3},
     "bros_every5": {"proxy train": 1 + 2 / 5},
     "masoba": {"proxy train": 2},
@@ -97,16 +104,20 @@ EQUIVALENTS = {
     "blade_sft": 3 + 1,
     "blade_sample": 2 + 3 * RATIO["blade_sample"],
     "phase": 6 + 2,
+    "phase_target": 3,
     "bros": 3 * 3,
     "bros_every5": 3 * (1 + 2 / 5),
     "masoba": 2 * 3 + DOUBLE_BACKWARD["masoba"],
     "mixture": 3 + (6 * REFERENCE_STEPS + 2 * MixtureConfig.probe_batches) / INNER_STEPS,
 }
-EQUIVALENTS["blade_token_amortised"] = EQUIVALENTS["blade_token"] + SHARE * EQUIVALENTS["phase"]
+EQUIVALENTS |= {
+    name: EQUIVALENTS["blade_token"] + share * EQUIVALENTS[phase] for name, (phase, share) in AMORTISED.items()
+}
 TARGETS = {
     "step_ratio/vit/off": 1.02,
     "step_ratio/llama/off": 1.02,
     "step_ratio/llama/blade_token": 1.40,
+    "step_ratio/llama/blade_token_auto": 1.45,
     "step_ratio/vit/blade_sample": 1.10 * EQUIVALENTS["blade_sample"] / 3,
     "step_ratio/llama/blade_sample": 1.10 * EQUIVALENTS["blade_sample"] / 3,
     "step_ratio/vit/bros": 3.2,
@@ -124,6 +135,7 @@ FULL_SIZE_TARGETS = {
     "step_ratio/vit_s/bros": 2.6,
     "step_ratio/vit_s/bros_every5": 1.4,
     "step_ratio/smollm2/blade_token": 1.36,
+    "step_ratio/smollm2/blade_token_auto": 1.45,
     "step_ratio/smollm2/blade_sample": 1.05 * EQUIVALENTS["blade_sample"] / 3,
     "step_ratio/smollm2/bros": 2.6,
 }
@@ -180,6 +192,7 @@ def make_trainer(
         "blade_sample": BladeConfig(selection_ratio=RATIO["blade_sample"], granularity="sample", **no_phase),
         # As published otherwise; steps 0 and 2 synchronise, so the second of two timed steps does and the first does not.
         "phase": BladeConfig(sync_steps=2, reference_steps=PHASE_STEPS, first_reference_steps=1, penalty=1.0),
+        "phase_target": BladeConfig(sync_steps=2, reference_steps=PHASE_STEPS, first_reference_steps=1),
         "bros": BrosConfig(),
         "bros_every5": BrosConfig(update_every=5),
         "masoba": BrosConfig(rank="full", hessian_action="double_backward"),
@@ -262,7 +275,7 @@ def count_forwards(arm: str, trainer: Trainer) -> float:
     trainer.remove_callback(clock)
     hook.remove()
     steps = len(clock.ends) - 1
-    if arm == "phase":  # two token-level steps beside the reference steps
+    if arm in PHASES:  # two token-level steps beside the reference steps
         for name, number in CALLS["blade_token"].items():
             calls[name] -= steps * number
         rows.subtract({what: steps * trainer.args.per_device_train_batch_size for what in ("train", "score")})
@@ -291,7 +304,7 @@ def measure(
             for arm in arms if i % 2 == 0 else reversed(arms):  # a drift of the machine hits all arms alike
                 times = train(trainers[arm])
                 if (
-                    arm == "phase"
+                    arm in PHASES
                 ):  # what a step that synchronises takes more than the one before it, per reference step
                     seconds[arm].append((times[1] - times[0]) / PHASE_STEPS)
                 else:  # one step of bros_every5, and a few of mixture, are not like the others
@@ -300,14 +313,15 @@ def measure(
                 after = statistics.median(train(trainers["plain"]))
                 ratios[arm].append(seconds[arm][-1] / ((before + after) / 2))
                 before = after
-    if "phase" in arms:
-        pairs = zip(ratios["blade_token"], ratios["phase"], strict=True)
-        ratios["blade_token_amortised"] = [step + SHARE * phase for step, phase in pairs]
-        equivalents["blade_token_amortised"] = equivalents["blade_token"] + SHARE * equivalents["phase"]
+    for name, (phase, share) in AMORTISED.items():
+        if phase in arms:
+            pairs = zip(ratios["blade_token"], ratios[phase], strict=True)
+            ratios[name] = [step + share * of_phase for step, of_phase in pairs]
+            equivalents[name] = equivalents["blade_token"] + share * equivalents[phase]
     return [
         {
             "model": model_name,
-            "arm": "reference_phase_step" if arm == "phase" else arm,
+            "arm": PHASES.get(arm, arm),
             "seed": seed,
             "batch_size": batch_size,
             "parameters": model.num_parameters(),
@@ -329,10 +343,10 @@ def summarise(rows: list[dict]) -> dict[str, float]:
     for model, arm in [key for key in arms if not key[1].startswith("plain")]:
         own = [row for row in rows if (row["model"], row["arm"]) == (model, arm)]
         ratios = [ratio for row in own for ratio in row["ratios"]]
-        name = f"{arm}/{model}" if arm == "reference_phase_step" else f"step_ratio/{model}/{arm}"
+        name = f"{arm}/{model}" if arm in PHASES.values() else f"step_ratio/{model}/{arm}"
         summary[name] = statistics.median(ratios)
         summary[f"{name}/std"] = mean_and_std(ratios)[1]
-        if arm == "reference_phase_step":
+        if arm in PHASES.values():
             summary[f"limit/{name}"] = own[0]["limit"]
         else:
             summary[f"limit/{model}/{arm}"] = own[0]["limit"]
@@ -374,7 +388,7 @@ def main(argv: list[str] | None = None) -> dict:
         config = {
             **{"smoke": options.smoke, "full_size": options.full_size, "seeds": options.seeds, "rounds": rounds},
             **{"timed_steps": steps, "batch_sizes": batch_sizes, "selection_ratio": RATIO, "threads": 1},
-            "reference_steps_per_step": SHARE,
+            "reference_steps_per_step": {"published": SHARE, "auto": AUTO_SHARE},
             "targets": targets,
             "notes": [
                 "The plain arm trains on all candidates, also where blade_sample trains on the selected half.",

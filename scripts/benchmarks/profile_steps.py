@@ -15,7 +15,17 @@ import tempfile
 import warnings
 from collections import Counter
 
-from overhead import EQUIVALENTS, FULL_SIZE, FULL_SIZE_BATCH, MODELS, TIMED_STEPS, build, count_forwards, make_trainer
+from overhead import (
+    EQUIVALENTS,
+    FULL_SIZE,
+    FULL_SIZE_BATCH,
+    MODELS,
+    PHASES,
+    TIMED_STEPS,
+    build,
+    count_forwards,
+    make_trainer,
+)
 from report import print_table, repeatable, write_report
 from torch.profiler import ProfilerActivity, profile
 from transformers import Trainer, TrainerCallback
@@ -95,7 +105,7 @@ def main(argv: list[str] | None = None) -> dict:
     with repeatable():
         for name, batch_size in batch_sizes.items():
             model, data = build(name, batch_size * (1 + max(steps, *TIMED_STEPS.values())), 0, options.smoke)
-            arms = ["plain", *(arm for arm in arms_of[name] if arm not in ("off", "phase", "mixture"))]
+            arms = ["plain", *(arm for arm in arms_of[name] if arm not in ("off", *PHASES, "mixture"))]
             with tempfile.TemporaryDirectory() as folder:
                 trainers = {arm: make_trainer(arm, model, data, batch_size, steps, f"{folder}/{arm}") for arm in arms}
                 equivalents = {
