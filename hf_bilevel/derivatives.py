@@ -145,7 +145,7 @@ class LowerBlocks:
         decays = decay if isinstance(decay, list) else [decay] * len(self.projected)
         for i, rate in zip(self.projected, decays, strict=True):
             leaf = self.leaves[i]
-            self.parameters[i].flatten(1).mul_(1 - rate).addmm_(leaf, self.bases[i].T)
+            self.parameters[i].flatten(1).addmm_(leaf, self.bases[i].T, beta=1 - rate)
             leaf.zero_()
             leaf.grad = None
 

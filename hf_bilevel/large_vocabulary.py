@@ -143,11 +143,12 @@ class _WeightedTokenLosses(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         product = _Product(hidden, weight, bias, _dtype_of_product(hidden))
         losses = product.zeros(len(labels))
-        coefficients = torch.where(labels == IGNORE_INDEX, 0.0, coefficients).to(losses)
-        # Their scale, a power of 2, is taken out until the end: no loss scale has come yet that keeps small ones from vanishing in
-        # float16.
-        ctx.scale = coefficients.abs().max().log2().floor().exp2()
-        shares = coefficients / torch.where(ctx.scale > 0, ctx.scale, 1.0)
+        shares = coefficients = torch.where(labels == IGNORE_INDEX, 0.0, coefficients).to(losses)
+        ctx.scale = None
+        if product.weight.dtype == torch.float16:
+            # Their scale, a power of 2, is taken out until the end: no loss scale has come yet that keeps small ones from vanishing.
+            ctx.scale = coefficients.abs().max().log2().floor().exp2()
+            shares = coefficients / torch.where(ctx.scale > 0, ctx.scale, 1.0)
         gradients = _Gradients(product, hidden, weight, bias, ctx.needs_input_grad)
         for rows in product.chunks(labels != IGNORE_INDEX):
             log_probabilities = product.log_probabilities(rows)
@@ -167,7 +168,12 @@ class _WeightedTokenLosses(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("These losses were differentiated before, and their gradients were freed.")
         gradients, ctx.gradients = ctx.gradients, None
-        return *(None if g is None else g.mul_(grad * ctx.scale) for g in gradients), None, None, None
+        factor = grad if ctx.scale is None else grad * ctx.scale
+        if not (
+            _may_wait_for(factor.device) and factor == 1
+        ):  # a pass over the gradient of the weights, most often for nothing
+            gradients = tuple(None if g is None else g.mul_(factor) for g in gradients)
+        return *gradients, None, None, None
 
 
 class _Product:
@@ -180,7 +186,7 @@ class _Product:
     def chunks(self, needed: Tensor) -> list[Tensor | slice]:
         """Cut the rows into chunks: those that are needed; all of them on devices that would have to be waited for."""
         size = _rows_of_chunk(len(self.weight))
-        if not _counts_rows(needed.device):
+        if not _may_wait_for(needed.device):
             return [slice(start, start + size) for start in range(0, len(needed), size)]
         rows = needed.nonzero().flatten()
         return list(rows.split(size)) if len(rows) else []
@@ -202,10 +208,10 @@ class _Gradients:
     def __init__(
         self, product: _Product, hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: tuple[bool, ...]
     ) -> None:
-        self._product = product
-        of_hidden, of_weight, of_bias, *_ = needed
+        self._product, self._weight = product, weight
+        of_hidden, self._needs_weight, of_bias, *_ = needed
         self._of_hidden = torch.zeros_like(hidden) if of_hidden else None
-        self._of_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if of_weight else None
+        self._of_weight: Tensor | None = None  # of its size, so not filled with zeros first
         self._of_bias = torch.zeros_like(bias) if bias is not None and of_bias else None
 
     def add(
@@ -217,7 +223,7 @@ class _Gradients:
         label_smoothing: float,
     ) -> None:
         """Add those of some rows; writes over the log-probabilities."""
-        if self._of_hidden is None and self._of_weight is None and self._of_bias is None:
+        if self._of_hidden is None and not self._needs_weight and self._of_bias is None:
             return
         slopes = log_probabilities.exp_()
         if label_smoothing:
@@ -228,14 +234,18 @@ class _Gradients:
         with torch.autocast(slopes.device.type, enabled=False):
             if self._of_bias is not None:
                 self._of_bias += slopes.sum(0)
-            if self._of_weight is not None and self._of_weight.dtype == slopes.dtype:
+            if self._needs_weight and self._of_weight is None:
+                self._of_weight = (slopes.T @ self._product.inputs(rows)).to(self._weight.dtype)
+            elif self._needs_weight and self._of_weight.dtype == slopes.dtype:
                 self._of_weight.addmm_(slopes.T, self._product.inputs(rows))
-            elif self._of_weight is not None:
+            elif self._needs_weight:
                 self._of_weight += slopes.T @ self._product.inputs(rows)
             if self._of_hidden is not None:
                 self._of_hidden[rows] = (slopes @ self._product.weight).to(self._of_hidden.dtype)
 
     def found(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        if self._needs_weight and self._of_weight is None:
+            self._of_weight = torch.zeros_like(self._weight, memory_format=torch.contiguous_format)
         return self._of_hidden, self._of_weight, self._of_bias
 
 
@@ -271,8 +281,8 @@ def _losses(log_probabilities: Tensor, labels: Tensor, label_smoothing: float) -
     return (1 - label_smoothing) * losses + label_smoothing * smooth
 
 
-def _counts_rows(device: torch.device) -> bool:
-    """Say whether the number of rows that are needed may be asked for; elsewhere the answer would have to be waited for."""
+def _may_wait_for(device: torch.device) -> bool:
+    """Say whether a step may depend on values; on accelerators they would have to be waited for."""
     return device.type == "cpu"
 
 

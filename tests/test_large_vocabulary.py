@@ -21,7 +21,7 @@ def small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """Chunks of five rows; with the rows that are needed alone, and, as on an accelerator, all rows."""
     monkeypatch.setattr(large_vocabulary, "CHUNK", 5 * CLASSES)
     monkeypatch.setattr(large_vocabulary, "MIN_ROWS", 1)
-    monkeypatch.setattr(large_vocabulary, "_counts_rows", lambda device: request.param == "counted")
+    monkeypatch.setattr(large_vocabulary, "_may_wait_for", lambda device: request.param == "counted")
     yield request.param
 
 

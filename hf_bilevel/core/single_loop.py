@@ -95,7 +95,7 @@ class Auxiliary:
         for z, h, b, basis in zip(self.blocks, hessian, upper_gradient, bases, strict=True):
             share = 1.0 if basis is None else basis.shape[1] / basis.shape[0]
             dtype = torch.promote_types(h.dtype, torch.float32)
-            residual = torch.where(usable, (rate * share) * (h - b), 0.0).to(dtype)
+            residual = (h - b).to(dtype).mul_(rate * share).masked_fill_(~usable, 0.0)  # may be large, so in place
             wide = z.to(device=h.device, dtype=dtype)  # z itself where that is what it is
             wide.mul_(torch.where(usable, 1 - rate * share * damping, 1.0))
             if basis is None:
