@@ -6,7 +6,7 @@ and the directional derivative of every sample's loss.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -144,8 +144,11 @@ class LowerBlocks:
         """
         decays = decay if isinstance(decay, list) else [decay] * len(self.projected)
         for i, rate in zip(self.projected, decays, strict=True):
-            leaf = self.leaves[i]
-            self.parameters[i].flatten(1).addmm_(leaf, self.bases[i].T, beta=1 - rate)
+            leaf, weight = self.leaves[i], self.parameters[i]
+            if weight.ndim == 2:
+                weight.addmm_(leaf, self.bases[i].T, beta=1 - rate)
+            else:  # a convolution's, which is no matrix in memory where channels come last
+                weight.mul_(1 - rate).add_((leaf @ self.bases[i].T).view(weight.shape))
             leaf.zero_()
             leaf.grad = None
 
@@ -227,7 +230,7 @@ class LowerBlocks:
                 "`rank='full'`.",
                 stacklevel=2,
             )
-        return [torch.zeros_like(v) if g is None else g for g, v in zip(gradients, variables, strict=True)]
+        return _own(gradients, variables)
 
     def _listed(self, blocks: list[int]) -> str:
         names = [f"`{self.names[i].removesuffix('.weight')}`" for i in blocks]
@@ -476,7 +479,19 @@ class DoubleBackward:
 def _gradients(loss: Tensor, variables: list[Tensor], retain_graph: bool = False) -> list[Tensor]:
     gradients = torch.autograd.grad(loss, variables, retain_graph=retain_graph, allow_unused=True)
     # Not `materialize_grads`, whose zeros ask for gradients in older versions of torch.
-    return [torch.zeros_like(v) if g is None else g for g, v in zip(gradients, variables, strict=True)]
+    return _own(gradients, variables)
+
+
+def _own(gradients: Sequence[Tensor | None], variables: list[Tensor]) -> list[Tensor]:
+    """Give every variable a gradient that may be written over: zeros where none came, a copy of one that two of them share."""
+    owned: dict[int, Tensor] = {}
+    for variable, gradient in zip(variables, gradients, strict=True):
+        if gradient is None:
+            gradient = torch.zeros_like(variable)
+        elif id(gradient) in owned:  # autograd gives both terms of a sum the same tensor
+            gradient = gradient.clone()
+        owned[id(gradient)] = gradient
+    return list(owned.values())
 
 
 @contextmanager

@@ -44,7 +44,9 @@ def token_losses(layer: nn.Module, hidden: Tensor, labels: Tensor, label_smoothi
 
     Cost: the product with the output embedding, and in the backward pass that product again for the tokens whose loss has a
     gradient, beside the two of any linear layer. On a CPU nothing is computed for tokens without a label, or in the backward pass
-    without a gradient; elsewhere all tokens are, since to count them would wait for the device. Memory: ``CHUNK`` logits.
+    without a gradient; elsewhere all tokens are, since to count them would wait for the device. Memory: ``CHUNK`` logits, or those of
+    ``MIN_ROWS`` tokens. The gradient of weights in half precision is added up in their dtype, chunk by chunk: of 50 chunks in bfloat16 it
+    is right to 1 %.
 
     Example:
         >>> hidden, layer = torch.randn(3, 2), nn.Linear(2, 5)
@@ -75,7 +77,8 @@ def weighted_token_losses(
         The sum, a scalar, once differentiable by hidden states and weights; and the losses, ``(n,)``, detached.
 
     Cost: the three products of any linear layer, all in the forward pass, after which the gradient of the weights is kept for the
-    backward pass; so one product less than ``token_losses``. For layers that are not plain as there. Memory: ``CHUNK`` logits.
+    backward pass; so one product less than ``token_losses``. Without gradients, in float16 and for layers that are more than their
+    weight, as there. Memory: as there, and the gradients.
 
     Example:
         >>> hidden, layer = torch.randn(3, 2, requires_grad=True), nn.Linear(2, 5)
@@ -86,15 +89,17 @@ def weighted_token_losses(
         >>> torch.autograd.grad(total, hidden)[0][1]
         tensor([0., 0.])
     """
-    if not _is_plain(layer):
-        losses = _checkpointed_losses(layer.forward, len(layer.weight), hidden, labels, label_smoothing)
+    coefficients = torch.where(labels == IGNORE_INDEX, 0.0, coefficients)
+    # In float16 gradients can be made only when the loss scale has come, with the backward pass.
+    if not _is_plain(layer) or not torch.is_grad_enabled() or _dtype_of_product(hidden) == torch.float16:
+        losses = token_losses(layer, hidden, labels, label_smoothing)
         return (losses * coefficients).sum(), losses.detach()
     return _WeightedTokenLosses.apply(hidden, layer.weight, layer.bias, labels, coefficients, label_smoothing)
 
 
 def _is_plain(layer: nn.Module) -> bool:
     """Say whether a layer is its weight and bias, and nothing else happens in it (adapters, quantisation, offloading)."""
-    return type(layer) is nn.Linear and "forward" not in vars(layer)
+    return type(layer) is nn.Linear and type(layer.weight) in (nn.Parameter, Tensor) and "forward" not in vars(layer)
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -104,6 +109,7 @@ class _TokenLosses(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias, labels)
         ctx.label_smoothing, ctx.dtype = label_smoothing, _dtype_of_product(hidden)
+        ctx.autocast = torch.is_autocast_enabled(hidden.device.type)
         product = _Product(hidden, weight, bias, ctx.dtype)
         losses = product.zeros(len(labels))
         for rows in product.chunks(labels != IGNORE_INDEX):
@@ -118,7 +124,7 @@ class _TokenLosses(torch.autograd.Function):
             hidden, weight, bias = (None if t is None else t.view_as(t) for t in (hidden, weight, bias))
             inputs = [t for t, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False) if needed]
             layer = partial(F.linear, weight=weight, bias=bias)
-            with torch.autocast(hidden.device.type, ctx.dtype, ctx.dtype != hidden.dtype):
+            with torch.autocast(hidden.device.type, ctx.dtype, ctx.autocast):
                 losses = _checkpointed_losses(layer, len(weight), hidden, labels, ctx.label_smoothing, draws=False)
             gradients = iter(torch.autograd.grad(losses, inputs, grad, create_graph=True))
             return *(next(gradients) if needed else None for needed in ctx.needs_input_grad[:3]), None, None
@@ -143,17 +149,12 @@ class _WeightedTokenLosses(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         product = _Product(hidden, weight, bias, _dtype_of_product(hidden))
         losses = product.zeros(len(labels))
-        shares = coefficients = torch.where(labels == IGNORE_INDEX, 0.0, coefficients).to(losses)
-        ctx.scale = None
-        if product.weight.dtype == torch.float16:
-            # Their scale, a power of 2, is taken out until the end: no loss scale has come yet that keeps small ones from vanishing.
-            ctx.scale = coefficients.abs().max().log2().floor().exp2()
-            shares = coefficients / torch.where(ctx.scale > 0, ctx.scale, 1.0)
+        coefficients = coefficients.to(losses)
         gradients = _Gradients(product, hidden, weight, bias, ctx.needs_input_grad)
         for rows in product.chunks(labels != IGNORE_INDEX):
             log_probabilities = product.log_probabilities(rows)
             losses[rows] = _losses(log_probabilities, labels[rows], label_smoothing)
-            gradients.add(rows, log_probabilities, labels[rows], shares[rows], label_smoothing)
+            gradients.add(rows, log_probabilities, labels[rows], coefficients[rows], label_smoothing)
         ctx.gradients = gradients.found()
         ctx.mark_non_differentiable(losses)
         return (losses * coefficients).sum(), losses
@@ -166,13 +167,13 @@ class _WeightedTokenLosses(torch.autograd.Function):
                 "compute the losses with `unit_losses`."
             )
         if ctx.gradients is None:
-            raise RuntimeError("These losses were differentiated before, and their gradients were freed.")
+            raise RuntimeError(
+                "This weighted sum of losses of a large vocabulary was differentiated before, and its gradients are given away, "
+                "also with `retain_graph=True`: compute the losses with `unit_losses`."
+            )
         gradients, ctx.gradients = ctx.gradients, None
-        factor = grad if ctx.scale is None else grad * ctx.scale
-        if not (
-            _may_wait_for(factor.device) and factor == 1
-        ):  # a pass over the gradient of the weights, most often for nothing
-            gradients = tuple(None if g is None else g.mul_(factor) for g in gradients)
+        if not (_may_wait_for(grad.device) and grad == 1):  # a pass over large tensors, most often for nothing
+            gradients = tuple(None if g is None else g.mul_(grad) for g in gradients)
         return *gradients, None, None, None
 
 

@@ -441,6 +441,24 @@ def test_merge_by_hand(decay: float | list[float]) -> None:
         assert matrix.data_ptr() == parameter.data_ptr()  # no copies
 
 
+def test_convolutions_with_channels_last_are_merged() -> None:
+    """Their weights are no matrices in memory."""
+    merged = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        model = make("resnet").to(memory_format=memory_format)
+        blocks = LowerBlocks(model, 2)
+        blocks.bases = blocks.draw(0)
+        before = [p.detach().clone() for p in blocks.parameters]
+        with torch.no_grad():
+            for i in blocks.projected:
+                blocks.leaves[i].normal_(generator=torch.Generator().manual_seed(i))
+        blocks.merge(0.25)
+        assert all(not torch.equal(blocks.parameters[i], before[i]) for i in blocks.projected)
+        merged.append([p.detach() for p in blocks.parameters])
+    assert any(not p.is_contiguous() for p in merged[1])
+    torch.testing.assert_close(merged[1], merged[0], rtol=0, atol=1e-6)
+
+
 # The gradient ---------------------------------------------------------------------------------------------------------
 
 ALL = ["toy", "vit", "llama", "tied", "bert", "resnet"]
@@ -471,6 +489,29 @@ def hook_all(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.register_forward_hook(lambda module, inputs, output: output)
+
+
+class TwoTerms(nn.Module):
+    """Two parameters that are only added: autograd gives both the same tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.one, self.two = (nn.Parameter(torch.ones(4, 2)) for _ in range(2))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layer(inputs) + (self.one + self.two)
+
+
+def test_every_gradient_may_be_written_over() -> None:
+    model = TwoTerms()
+    blocks = LowerBlocks(model, "full")
+    for _ in range(2):  # the first call looks for more
+        with blocks.shifted() as variables:
+            found = blocks.gradient(model(torch.ones(4, 3)).square().sum(), variables)
+        assert len({g.data_ptr() for g in found}) == len(found) == 4
+        by_name = dict(zip(blocks.names, found, strict=True))
+        assert torch.equal(by_name["one"], by_name["two"]) and by_name["one"].any()
 
 
 class OwnLinear(nn.Linear):

@@ -121,6 +121,22 @@ def test_differentiated_twice() -> None:
     assert torch.autograd.gradcheck(losses, inputs) and torch.autograd.gradgradcheck(losses, inputs)
 
 
+@pytest.mark.parametrize("states", [torch.float32, torch.bfloat16])
+def test_differentiated_twice_under_autocast(states: torch.dtype) -> None:
+    layer, hidden, labels, coefficients = problem(dtype=torch.float32)
+    hidden = hidden.detach().to(states).requires_grad_()
+    results = []
+    for function in (plain, token_losses):
+        with torch.autocast("cpu", torch.bfloat16):
+            total = (function(layer, hidden, labels, 0.1) * coefficients).sum()
+        first = torch.autograd.grad(total, [hidden, layer.weight], create_graph=True)
+        results.append(torch.autograd.grad(sum(g.float().square().sum() for g in first), [hidden, layer.weight]))
+    for wanted, got in zip(*results, strict=True):
+        assert got.dtype == wanted.dtype and wanted.any()
+        tolerance = 0.05 * float(wanted.abs().max())
+        torch.testing.assert_close(got.float(), wanted.float(), rtol=0, atol=tolerance)
+
+
 def test_a_weighted_sum_is_differentiated_once() -> None:
     layer, hidden, labels, coefficients = problem()
     total, losses = weighted_token_losses(layer, hidden, labels, coefficients)
@@ -158,6 +174,17 @@ def test_small_coefficients_in_half_precision() -> None:
     with torch.autocast("cpu", torch.float16):
         total, _ = weighted_token_losses(layer, hidden, labels, 1e-9 * coefficients)
     for got, gradient in zip(gradients(1e9 * total, layer, hidden), wanted, strict=True):
+        torch.testing.assert_close(got, gradient, rtol=0, atol=0.01 * float(gradient.abs().max()))
+
+
+def test_large_sums_in_half_precision() -> None:
+    """Larger than float16 can hold, but for the coefficients: those must come first."""
+    num, layer = 1024, nn.Linear(2, CLASSES)
+    hidden, labels = torch.full((num, 2), 100.0, requires_grad=True), torch.ones(num, dtype=torch.int64)
+    with torch.autocast("cpu", torch.float16):
+        total, _ = weighted_token_losses(layer, hidden, labels, torch.full((num,), 1 / num))
+    wanted = gradients(F.cross_entropy(layer(hidden), labels), layer, hidden)
+    for got, gradient in zip(gradients(total, layer, hidden), wanted, strict=True):
         torch.testing.assert_close(got, gradient, rtol=0, atol=0.01 * float(gradient.abs().max()))
 
 
@@ -233,6 +260,9 @@ def test_number_of_products(small_chunks: str) -> None:
     with Products() as products:
         total.backward()
     assert products.total == 0
+    with Products() as products, torch.no_grad():
+        weighted_token_losses(layer, hidden, labels, coefficients)
+    assert products.total == labelled * each
 
 
 def test_a_loss_that_is_not_finite_and_not_selected_harms_nothing(small_chunks: str) -> None:

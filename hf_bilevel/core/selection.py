@@ -1,5 +1,6 @@
 """Online selection by excess loss: what is kept of a candidate batch, and the objective of the reference model."""
 
+import math
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -107,7 +108,7 @@ def synchronisation_schedule(sync_steps: int | None, reference_steps: int | None
     """Resolve the synchronisation period T and the reference steps K.
 
     Published: five synchronisations in 5,000 steps (T = 1,000) with K = 300, and no difference for T from 500 to
-    2,000. "auto": as many in a run of up to 5,000 steps, and every 1,000 steps in longer ones, at least 40 apart; and K = 0.1 T,
+    2,000. "auto": as many in a run of up to 5,000 steps, more in longer ones, 40 to 1,000 steps apart; and K = 0.1 T,
     but at least 20 steps, or T if that is less: a reference that had taken a handful of steps did worse than no selection. For
     the same K / T, few long phases did better than many short ones, and a third of the published K / T did as well
     for its cost (``scripts/benchmarks/schedules.py``).
@@ -121,11 +122,12 @@ def synchronisation_schedule(sync_steps: int | None, reference_steps: int | None
         T and K, both at least 1.
 
     Example:
-        >>> [synchronisation_schedule(None, None, max_steps) for max_steps in (100_000, 1_000, 100, 10)]
-        [(1000, 100), (200, 20), (40, 20), (10, 10)]
+        >>> [synchronisation_schedule(None, None, max_steps) for max_steps in (100_000, 5_001, 1_000, 100, 10)]
+        [(1000, 100), (834, 83), (200, 20), (40, 20), (10, 10)]
     """
     if sync_steps is None:
-        sync_steps = min(max_steps, 1000, max(40, -(-max_steps // 5)))
+        num = max(5, math.ceil(max_steps / 1000))
+        sync_steps = min(max_steps, max(40, math.ceil(max_steps / num)))
     if reference_steps is None:
         reference_steps = max(round(0.1 * sync_steps), min(sync_steps, 20))
     return sync_steps, reference_steps

@@ -1,7 +1,7 @@
 """Seconds of an optimizer step of every method over those of a step of ``transformers.Trainer``, within one run.
 
     python scripts/benchmarks/overhead.py --output scripts/benchmarks/results/overhead.json    # about 30 minutes, 1 thread
-    python scripts/benchmarks/overhead.py --full_size --rounds 3 --output scripts/benchmarks/results/overhead_full_size.json    # as long
+    python scripts/benchmarks/overhead.py --full_size --rounds 3 --output scripts/benchmarks/results/overhead_full_size.json  # as long
     python scripts/benchmarks/overhead.py --smoke
 
 The small models show what does not grow with the model; `--full_size` takes ViT-S on 64 patches and SmolLM2-135M instead, with
@@ -13,12 +13,15 @@ median over rounds of an arm's time over the mean of these two, and how far thos
 
 ``limit`` is what counting forward passes predicts, a plain step being 3; the passes of the real runs are counted too, and
 must agree. ``blade_token_amortised`` adds the reference phase as published, at K / T = 300 / 1,000 and with the penalty, and
-``blade_token_auto`` as BladeConfig has it, at a tenth and on target batches alone, from the measured costs of a reference step. ``bros`` is BrosTrainer as it comes, with a fresh subspace at every step of so short a run;
-``bros_large`` is the same with four times the rows, in a run of its own beside the plain Trainer: what BROS does to the weights
-themselves costs as much whatever the batch. ``bros_every5`` moves the weights at every fifth step and is timed over five; ``masoba`` is in full space, by double backward.
+``blade_token_auto`` as BladeConfig has it, at a tenth and on target batches alone, from the measured costs of a reference step. ``bros`` is BrosTrainer as it comes, at a rank of an
+eighth of a layer's inputs and with a fresh subspace at every step of so short a run, ``bros_rank48`` the same at rank 48;
+``bros_large`` is ``bros`` with four times the rows, in a run of its own beside the plain Trainer: what BROS does to the weights
+themselves costs as much whatever the batch. ``bros_every5`` moves the weights at every fifth step and is timed over five;
+``masoba`` is in full space, by double backward.
 ``mixture`` is MixtureTrainer as it comes in a run of 400 steps (T = 49, K = 4), timed over the T steps of one update.
 ``sft`` is TRL's SFTTrainer on all candidates, which measures the accuracy and entropy of tokens besides, and ``blade_sft`` is
-``blade_token`` as a mixin in front of it; both need TRL, and are left out without it.
+``blade_token`` as a mixin in front of it; both need TRL, and are left out without it. ``gradients`` selects the rows of ``blade_sample``
+by products of their gradients with the target's, as GREATS does (`peer_rules.py`); of the model only linear layers of blocks are trained.
 """
 
 import argparse
@@ -32,6 +35,7 @@ from collections import Counter
 
 import torch
 from datasets import Dataset, disable_progress_bars
+from peer_rules import GradientProductTrainer
 from report import mean_and_std, print_table, repeatable, write_report
 from tokenizers import Tokenizer, models
 from torch import nn
@@ -64,11 +68,11 @@ TRL = ("sft", "blade_sft") if importlib.util.find_spec("trl") else ()
 INNER_STEPS, REFERENCE_STEPS, NUM_DOMAINS = 49, 4, 4  # of MixtureTrainer, T and K by default for 400 steps
 MODELS = {
     "vit": ("off", "blade_sample", *BROS, "mixture"),
-    "llama": ("off", "blade_token", "blade_sample", *PHASES, *BROS, "mixture", *TRL),
+    "llama": ("off", "blade_token", "blade_sample", *PHASES, *BROS, "mixture", "gradients", *TRL),
 }
 FULL_SIZE = {
-    "vit_s": ("off", "blade_sample", "bros", "bros_every5"),
-    "smollm2": ("blade_token", "blade_sample", "phase_target", "bros"),
+    "vit_s": ("off", "blade_sample", "bros_rank48", "bros", "bros_every5"),
+    "smollm2": ("blade_token", "blade_sample", "phase_target", "bros_rank48", "bros"),
 }
 FULL_SIZE_BATCH = {"vit_s": 16, "smollm2": 4}
 TIMED_STEPS = {**dict.fromkeys(PHASES, 2), "bros_every5": 5, "mixture": INNER_STEPS}  # others: as many as the run says
@@ -85,8 +89,10 @@ CALLS = {
     "phase": {"reference train": 2, "reference score": 1, "proxy score": 1},
     "phase_target": {"reference train": 1},
     "bros": {"proxy train": 3},
+    "bros_rank48": {"proxy train": 3},
     "bros_every5": {"proxy train": 1 + 2 / 5},
     "masoba": {"proxy train": 2},
+    "gradients": {"proxy train": 3},
     "mixture": {
         "proxy train": 1,
         "reference train": 2 * REFERENCE_STEPS / INNER_STEPS,
@@ -106,8 +112,10 @@ EQUIVALENTS = {
     "phase": 6 + 2,
     "phase_target": 3,
     "bros": 3 * 3,
+    "bros_rank48": 3 * 3,
     "bros_every5": 3 * (1 + 2 / 5),
     "masoba": 2 * 3 + DOUBLE_BACKWARD["masoba"],
+    "gradients": 3 * (1 + 1 + RATIO["blade_sample"]),
     "mixture": 3 + (6 * REFERENCE_STEPS + 2 * MixtureConfig.probe_batches) / INNER_STEPS,
 }
 EQUIVALENTS |= {
@@ -132,11 +140,13 @@ TARGETS = {
 FULL_SIZE_TARGETS = {
     "step_ratio/vit_s/off": 1.01,
     "step_ratio/vit_s/blade_sample": 1.05 * EQUIVALENTS["blade_sample"] / 3,
+    "step_ratio/vit_s/bros_rank48": 2.6,
     "step_ratio/vit_s/bros": 2.6,
     "step_ratio/vit_s/bros_every5": 1.4,
     "step_ratio/smollm2/blade_token": 1.36,
     "step_ratio/smollm2/blade_token_auto": 1.45,
     "step_ratio/smollm2/blade_sample": 1.05 * EQUIVALENTS["blade_sample"] / 3,
+    "step_ratio/smollm2/bros_rank48": 2.6,
     "step_ratio/smollm2/bros": 2.6,
 }
 
@@ -194,6 +204,7 @@ def make_trainer(
         "phase": BladeConfig(sync_steps=2, reference_steps=PHASE_STEPS, first_reference_steps=1, penalty=1.0),
         "phase_target": BladeConfig(sync_steps=2, reference_steps=PHASE_STEPS, first_reference_steps=1),
         "bros": BrosConfig(),
+        "bros_rank48": BrosConfig(rank="48"),
         "bros_every5": BrosConfig(update_every=5),
         "masoba": BrosConfig(rank="full", hessian_action="double_backward"),
         "mixture": MixtureConfig(domain_column="domain", inner_steps=INNER_STEPS, reference_steps=REFERENCE_STEPS),
@@ -217,9 +228,17 @@ def make_trainer(
         trainer.remove_callback(PrinterCallback)
         return trainer
     args = TrainingArguments(**arguments, torch_compile=compiled)
+    if arm == "gradients":
+        trained = copy.deepcopy(model).requires_grad_(False)
+        for module in trained.base_model.modules():
+            if isinstance(module, nn.Linear):
+                module.requires_grad_()
+        trainer = GradientProductTrainer(RATIO["blade_sample"], data, model=trained, args=args, train_dataset=data)
+        trainer.remove_callback(PrinterCallback)
+        return trainer
     ours = {} if arm == "plain" else {"target_dataset": data, "bilevel_config": configs[arm]}
     trainer_class = BladeTrainer
-    if arm in ("plain", "mixture", *BROS):
+    if arm in ("plain", "mixture", "bros_rank48", *BROS):
         trainer_class = {"plain": Trainer, "mixture": MixtureTrainer}.get(arm, BrosTrainer)
     trainer = trainer_class(model=copy.deepcopy(model), args=args, train_dataset=data, **ours)
     trainer.remove_callback(PrinterCallback)
@@ -241,7 +260,7 @@ def make_sft_trainer(model: nn.Module, data: list[dict], arguments: dict, config
     rows = Dataset.from_list(
         [{"input_ids": row["input_ids"].tolist(), "labels": row["labels"].tolist()} for row in data]
     )
-    args = SFTConfig(**arguments, packing=False, padding_free=False, bf16=False, gradient_checkpointing=False)
+    args = SFTConfig(**arguments, packing=False, padding_free=False, bf16=False, activation_checkpointing=False)
     trainer_class, ours = SFTTrainer, {}
     if config is not None:
         trainer_class, ours = BladeSFTTrainer, {"target_dataset": rows, "bilevel_config": config}
