@@ -9,6 +9,8 @@ import re
 import sys
 from pathlib import Path
 
+from hf_bilevel.core.selection import synchronisation_schedule
+
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 NOISY_ARMS = {
@@ -35,6 +37,7 @@ OVERHEAD_ARMS = {
     "llama/blade_sft": "... with BLADE in front of it, between synchronisations",
     "llama/blade_sample": "Llama, sample level, ratio 0.5",
     "vit/blade_sample": "ViT, sample level, ratio 0.5",
+    "llama/gradients": "Llama, rows chosen by products of gradients (GREATS, first order), ratio 0.5",
     "llama/bros": "Llama, BROS",
     "vit/bros": "ViT, BROS",
     "llama/bros_large": "Llama, BROS, 32 rows instead of 8",
@@ -52,8 +55,10 @@ FULL_SIZE_ARMS = {
     "smollm2/blade_sample": "SmolLM2-135M, sample level, ratio 0.5",
     "vit_s/blade_sample": "ViT-S, sample level, ratio 0.5",
     "vit_s/off": "ViT-S, switched off (`selection_ratio=1`)",
-    "smollm2/bros": "SmolLM2-135M, BROS",
-    "vit_s/bros": "ViT-S, BROS",
+    "smollm2/bros_rank48": "SmolLM2-135M, BROS at rank 48",
+    "smollm2/bros": "SmolLM2-135M, BROS at the default rank, an eighth of a layer's inputs",
+    "vit_s/bros_rank48": "ViT-S, BROS at rank 48",
+    "vit_s/bros": "ViT-S, BROS at the default rank",
     "vit_s/bros_every5": "ViT-S, BROS with `update_every=5`",
 }
 MODELS = {
@@ -155,6 +160,7 @@ PROFILED = {
     "plain": "`Trainer`",
     "blade_token": "BLADE, tokens",
     "blade_sample": "BLADE, rows",
+    "bros_rank48": "BROS at rank 48",
     "bros": "BROS",
     "bros_every5": "BROS, `update_every=5`",
     "masoba": "MA-SOBA",
@@ -359,9 +365,44 @@ def time_to_quality() -> str:
     return "\n".join(lines)
 
 
+def schedules() -> str:
+    report = load("schedules")
+    summary, config = report["summary"], report["config"]
+    steps = [str(config["steps"] // part) for part in (4, 2, 1)]
+    automatic = "**BLADE as it comes**, T={}, K={}".format(*synchronisation_schedule(None, None, config["steps"]))
+    titles = {"all": "all tokens (`Trainer`)", "random": "random tokens, same ratio", "auto": automatic}
+    lines = [
+        f"Mean ± standard deviation over {config['seeds']} seeds; differences of the log-perplexity are paired by seed.",
+        "",
+        f"| | {' | '.join(f'perplexity after {int(step):,} steps' for step in steps)} | log less all tokens | forward-equivalents |",
+        "|---|---|---|---|---|---|",
+    ]
+    for arm in dict.fromkeys(row["arm"] for row in report["rows"]):
+        cells = [plus_minus(summary, f"perplexity/{arm}/{step}", digits=2) for step in steps]
+        cells.append("" if arm == "all" else plus_minus(summary, f"log/{arm}", digits=3))
+        lines.append(f"| {titles.get(arm, f'BLADE, {arm}')} | {' | '.join(cells)} | {summary[f'cost/{arm}']:.2f} |")
+    return "\n".join(lines)
+
+
+def compiled() -> str:
+    report = load("compiled")
+    titles = {"plain": "`Trainer`", "blade_token": "BLADE, tokens", "blade_sample": "BLADE, rows"}
+    lines = ["| | not compiled | compiled | compiled again by selection |", "|---|---|---|---|"]
+    rows = {(row["model"], row["arm"]): row for row in report["rows"]}
+    for model, arm in rows:
+        if arm.endswith("_compiled"):
+            continue
+        pair = rows[model, arm], rows[model, f"{arm}_compiled"]
+        cells = [f"{row['ratio']:.2f} ({row['ratio_range'][0]:.2f} to {row['ratio_range'][1]:.2f})" for row in pair]
+        name = {"vit": "ViT", "llama": "Llama"}[model]
+        lines.append(f"| {name}, {titles[arm]} | {' | '.join(cells)} | {pair[1]['recompilations']} |")
+    return "\n".join(lines)
+
+
 def profiles() -> str:
-    report = load("profile_steps")
-    summary, rows = report["summary"], report["rows"]
+    reports = [load("profile_steps_full_size"), load("profile_steps")]
+    summary = reports[0]["summary"] | reports[1]["summary"]
+    rows = [row for report in reports for row in report["rows"]]
     kinds = list(rows[0]["shares"])
     lines = [f"| | {' | '.join(kinds)} | sum | limit |", f"|---|{'---|' * (len(kinds) + 2)}"]
     for row in rows:
@@ -402,16 +443,16 @@ def memory() -> str:
         "Peak MiB of a training step above the idle process with the model loaded, float32, gradients and optimizer state "
         "included; BROS at rank 48 with the one-sided estimator.",
         "",
-        "| | batch | AdamW | MA-SOBA | BROS | BROS / MA-SOBA | BROS / AdamW |",
-        "|---|---|---|---|---|---|---|",
+        "| | batch | AdamW | MA-SOBA | BROS | BROS / MA-SOBA | BROS / AdamW | auxiliary in bfloat16 | ... / AdamW |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for model, title in MODELS.items():
         sizes = [row["batch_size"] for row in rows if (row["part"], row["model"]) == ("training", model)]
-        peaks = [summary.get(f"peak_mib/{model}/{arm}") for arm in ("adamw", "masoba", "bros_one_sided")]
-        ratios = [summary.get(f"bros_over_{arm}/{model}") for arm in ("masoba", "adamw")]
+        measured = ("adamw", "masoba", "bros_one_sided", "bros_bfloat16")
+        adamw, masoba, bros, short = (summary.get(f"peak_mib/{model}/{arm}") for arm in measured)
         if sizes:
-            cells = ["" if peak is None else f"{peak:,.0f}" for peak in peaks]
-            cells += ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
+            cells = [f"{adamw:,.0f}", f"{masoba:,.0f}", f"{bros:,.0f}", f"{bros / masoba:.2f}", f"{bros / adamw:.2f}"]
+            cells += ["", ""] if short is None else [f"{short:,.0f}", f"{short / adamw:.2f}"]
             lines.append(f"| {title} | {sizes[0]} | {' | '.join(cells)} |")
     arms = {
         title: f"peak_mib/vit_s/bros_{arm}" for arm, title in RANKS.items() if f"peak_mib/vit_s/bros_{arm}" in summary
@@ -665,6 +706,8 @@ PAGES = {
         "lm_eval": lm_eval,
         "time_to_quality": time_to_quality,
         "profiles": profiles,
+        "schedules": schedules,
+        "compiled": compiled,
         "padding": padding,
         "scale": scale,
     },
