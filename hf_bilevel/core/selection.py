@@ -109,9 +109,9 @@ def synchronisation_schedule(sync_steps: int | None, reference_steps: int | None
 
     Published: five synchronisations in 5,000 steps (T = 1,000) with K = 300, and no difference for T from 500 to
     2,000. "auto": as many in a run of up to 5,000 steps, more in longer ones, 40 to 1,000 steps apart; and K = 0.1 T,
-    but at least 20 steps, or T if that is less: a reference that had taken a handful of steps did worse than no selection. For
-    the same K / T, few long phases did better than many short ones, and a third of the published K / T did as well
-    for its cost (``scripts/benchmarks/schedules.py``).
+    but at least 20 steps, or T if that is less: a reference that had taken a handful of steps did worse than no selection. A
+    third of the published K / T did as well for any T from a tenth to a half of the run, better than all of it with T a quarter,
+    and a little worse than all of it with T a twentieth, which costs a seventh more (``scripts/benchmarks/schedules.py``).
 
     Args:
         sync_steps: T, or None for "auto".
