@@ -983,7 +983,7 @@ class _Weighting:
         """Coefficients of the sample losses in the loss that is trained, by the upper variable."""
         trainer, num_items = self._trainer, self._num_items
         if num_items is None or not trainer.model_accepts_loss_kwargs or trainer.compute_sample_losses is not None:
-            num_items = self._counts.sum().clamp(min=1) * trainer.current_gradient_accumulation_steps
+            num_items = self._counts.sum() * trainer.current_gradient_accumulation_steps
         elif trainer.args.average_tokens_across_devices:
             num_items = num_items / trainer.accelerator.num_processes
         normalise = trainer.bilevel_config.normalise_weights

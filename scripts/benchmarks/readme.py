@@ -340,8 +340,9 @@ def overhead() -> str:
         "",
         f"Scoring 8 × 1,024 tokens at a vocabulary of 49,152 takes {100 * memory['scoring_over_naive']:.0f} % of the peak "
         "memory of computing all logits. ViT-S takes 16 rows, SmolLM2-135M 4 of 256 tokens, both with random weights "
-        "(`overhead_full_size.json`); the other ViT and Llama are small, with 8 rows (`overhead.json`). Scoring is from "
-        "`memory.json`.",
+        "(`overhead_full_size.json`); the other ViT and Llama are small, with 8 rows (`overhead.json`). Medians of three rounds "
+        "that take turns with the `Trainer`, ± their standard deviation, one seed. For products of gradients only the linear layers "
+        "of the blocks are trained. Scoring is from `memory.json`.",
     ]
     return "\n".join(lines)
 
