@@ -155,14 +155,22 @@ class SequentialEngine:
         rows = torch.arange(len(self.upper)) if upper_rows is None else upper_rows
         return torch.stack([self._upper_loss(mask, seed, rows) for mask, seed in zip(masks, seeds, strict=True)])
 
-    def _upper_loss(self, mask: Tensor, seed: int, upper_rows: Tensor) -> Tensor:
+    def train_on(self, mask: Tensor, seed: int) -> None:
+        """Train the model from its initial weights on the rows of a mask, and leave it so.
+
+        Args:
+            mask: ``(n,)``, bool, on the CPU. An empty one leaves the model untrained.
+            seed: Of batches and dropout.
+        """
         self._restore()
         self.model.train()
-        device = self._initial[0].device
-        with private_randomness(derive_seed(seed), device):
+        with private_randomness(derive_seed(seed), self._initial[0].device):
             if mask.any():
                 self._train(mask.nonzero().flatten(), torch.Generator().manual_seed(seed))
-            return self._measure(upper_rows)
+
+    def _upper_loss(self, mask: Tensor, seed: int, upper_rows: Tensor) -> Tensor:
+        self.train_on(mask, seed)
+        return self._measure(upper_rows)
 
     def _train(self, rows: Tensor, generator: torch.Generator) -> None:
         batches = self.problem.training.schedule(rows, generator)

@@ -1,8 +1,10 @@
 """Replace inner trainings by their closed form: a linear model in the gradients of a network, fitted by ridge regression."""
 
+import itertools
 import logging
+import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,28 +33,33 @@ class KernelEngine:
     .. math:: K(x, x') = \sum_c \nabla_\theta f_c(x) \cdot \nabla_\theta f_c(x'), \qquad
         E_{v \sim N(0, I)} [\nabla_\theta (v \cdot f(x)) \cdot \nabla_\theta (v \cdot f(x'))] = K(x, x')
 
-    at the initial weights and over the parameters that are trained, estimated with a few v and scaled so that its mean over
-    the diagonal of the pool is 1. A wide network, trained by small steps from there, fits as this kernel does; with only a
-    linear head trained, it is the regression on the features. Labels are one-hot vectors less their mean, the upper loss is the
-    mean squared distance to them. With a pool share it is in part that of the pool's rows too, each fitted by the others (see
-    ``KernelRidge``) and weighted so that the classes count about as among the upper rows.
+    over the parameters that are trained, estimated with a few v and scaled so that its mean over the diagonal of the pool is 1.
+    A wide network, trained by small steps, fits as the kernel at its initial weights does; with only a linear head trained, it
+    is the regression on the features at any weights. Narrower networks learn features: ``trainings`` brings the model to
+    weights at which it has, and the kernel is the mean of those there. Labels are one-hot vectors less their mean, the upper
+    loss is the mean squared distance to them. With a pool share it is in part that of the pool's rows, each fitted by the others
+    (see ``KernelRidge``), and weighted so that the classes count about as among other upper rows.
 
     Args:
-        model: A classifier with one label for each row; it is only read. Parameters without ``requires_grad`` do not count.
+        model: A classifier with one label for each row. Parameters without ``requires_grad`` do not count. It is only read,
+            unless ``trainings`` change it; afterwards it is not looked at any more.
         pool: Rows that masks index, with ``labels``.
         upper: Rows that the upper loss is measured on; the same object as the pool for the pool.
         ridge: Of the regression, positive, in units of the kernel's diagonal.
         generator: Of the combinations of logits, on the CPU.
         pool_share: Share of the pool in the upper loss, in [0, 1].
         show_progress: Whether to show a bar while the kernel is computed.
+        trainings: Each leaves the model at other weights, and the mean of the kernels there is taken; the kernel at the weights
+            that the model has if there are none.
 
     Raises:
         ValueError: If there is not one integer label for each row, within the classes of the model; a gradient is not finite;
             nothing is trained; or the pool is larger than ``MAX_ROWS``.
 
-    Cost: once, three forward and backward passes of every row, in blocks whose gradients fit into 1 GiB; with b blocks of the
-    pool instead of one, (b + 1) / 2 times as many. Models that ``vmap`` cannot take go row by row. Then, for a mask of k of n
-    rows, :math:`O(n k^2)` and no pass of the model. Memory: two matrices of n × n in float64, or three with a pool share.
+    Cost: once, three forward and backward passes of every row, or one for each training if those are more, in blocks whose
+    gradients fit into 1 GiB; with b blocks of the pool instead of one, (b + 1) / 2 times as many. Models that ``vmap`` cannot
+    take go row by row. Then, for a mask of k of n rows, :math:`O(n k^2)` and no pass of the model. Memory: two matrices of
+    n × n in float64, or three with a pool share.
     """
 
     def __init__(
@@ -64,10 +71,11 @@ class KernelEngine:
         generator: torch.Generator,
         pool_share: float = 0.0,
         show_progress: bool = False,
+        trainings: Sequence[Callable[[], Any]] = (),
     ) -> None:
         self.model, self.pool, self.upper = model, pool, upper
         self._logits = _Logits(model)
-        self._trained = {name: p.detach() for name, p in self._logits.named_parameters() if p.requires_grad}
+        self._trained = self._trained_parameters()
         self._goes_row_by_row = False
         if not self._trained:
             raise ValueError("The tangent kernel is that of the trained parameters, and the model has none.")
@@ -79,55 +87,76 @@ class KernelEngine:
         with evaluating(model), eager_attention(model), torch.no_grad():
             num_classes = class_logits(model, pool.take(torch.tensor([0]))).shape[1]
             targets = [_one_hot(rows.batch["labels"], num_classes, name) for rows, name in self._named_rows()]
-            self._combinations = torch.randn(NUM_DRAWS, num_classes, generator=generator).to(self._device)
+            combinations = torch.randn(num_draws(len(trainings)), num_classes, generator=generator)
+        self._combinations = combinations.to(self._device)
         self._shows_progress = show_progress
-        weights = _class_weights(targets[0] > 0, targets[-1] > 0) if pool_share > 0 else None
-        kernel, upper_kernel = self._kernels()
+        weights = _class_weights(targets[0] > 0, targets[1] > 0) if pool_share > 0 and len(targets) > 1 else None
+        kernel, upper_kernel = self._kernels(trainings)
         self._problem = KernelRidge(kernel, targets[0], upper_kernel, targets[-1], ridge, pool_share, weights)
 
     def _named_rows(self) -> list[tuple[CollatedRows, str]]:
         pool = [(self.pool, "train_dataset")]
         return pool if self.upper is self.pool else [*pool, (self.upper, "target_dataset")]
 
+    def _trained_parameters(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self._logits.named_parameters() if p.requires_grad}
+
     # The kernel -----------------------------------------------------------------------------------------------------
 
-    def _kernels(self) -> tuple[Tensor, Tensor]:
-        with evaluating(self.model), eager_attention(self.model):
-            kernel, upper_kernel = self._sums_over_blocks()
-        if not kernel.isfinite().all() or not upper_kernel.isfinite().all():
-            broken = (~kernel.diagonal().isfinite()).nonzero().flatten().tolist()
-            where = f"rows {broken[:5]} of `train_dataset`" if broken else "`target_dataset`"
-            raise ValueError(f"The model's gradients are not finite for {where}.")
-        scale = kernel.diagonal().mean()
-        return kernel / scale, upper_kernel / scale
+    def _kernels(self, trainings: Sequence[Callable[[], Any]] = ()) -> tuple[Tensor, Tensor]:
+        blocks = self._blocks()
+        num = len(self.pool)
+        kernel = torch.zeros(num, num, dtype=torch.float64, device=self._device)
+        upper_kernel = kernel if self.upper is self.pool else kernel.new_zeros(len(self.upper), num)
+        parts = self._combinations.chunk(max(1, len(trainings)))
+        shown = len(self._combinations) * len(blocks[0])
+        with tqdm(total=shown, desc="Tangent kernel", disable=not self._shows_progress) as bar:
+            for number, combinations in enumerate(parts):
+                if trainings:
+                    trainings[number]()
+                    self._trained = self._trained_parameters()
+                with evaluating(self.model), eager_attention(self.model):
+                    there, upper_there = self._sums_over_blocks(combinations, *blocks, bar)
+                if not there.isfinite().all() or not upper_there.isfinite().all():
+                    broken = (~there.diagonal().isfinite()).nonzero().flatten().tolist()
+                    where = f"rows {broken[:5]} of `train_dataset`" if broken else "`target_dataset`"
+                    raise ValueError(f"The model's gradients are not finite for {where}.")
+                weight = 1 / (len(parts) * there.diagonal().mean())
+                kernel.add_(there.mul_(weight))
+                if upper_there is not there:
+                    upper_kernel.add_(upper_there.mul_(weight))
+        return kernel, upper_kernel
 
-    def _sums_over_blocks(self) -> tuple[Tensor, Tensor]:
+    def _blocks(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         num_parameters = sum(p.numel() for p in self._trained.values())
         rows_at_once = max(1, BLOCK_NUMBERS // num_parameters)
         blocks, upper_blocks = (torch.arange(len(rows)).split(rows_at_once) for rows in (self.pool, self.upper))
         if len(blocks) > MANY_BLOCKS:
             warnings.warn(
                 f"The tangent kernel of {num_parameters:,} trained parameters is computed in {len(blocks)} blocks, which takes "
-                f"about {(len(blocks) + 1) // 2 * NUM_DRAWS} forward and backward passes of the pool. Freeze the lower layers "
-                "(`requires_grad_(False)`), or pass a smaller `search_model`.",
-                stacklevel=5,
+                f"about {(len(blocks) + 1) // 2 * len(self._combinations)} forward and backward passes of the pool. Freeze the "
+                "lower layers (`requires_grad_(False)`), or pass a smaller `search_model`.",
+                stacklevel=6,
             )
+        return blocks, upper_blocks
+
+    def _sums_over_blocks(
+        self, combinations: Tensor, blocks: tuple[Tensor, ...], upper_blocks: tuple[Tensor, ...], bar: tqdm
+    ) -> tuple[Tensor, Tensor]:
         kernel = torch.zeros(len(self.pool), len(self.pool), dtype=torch.float64, device=self._device)
         upper_kernel = torch.zeros(len(self.upper), len(self.pool), dtype=torch.float64, device=self._device)
-        steps = [(c, number) for c in self._combinations for number in range(len(blocks))]
-        with tqdm(total=len(steps), desc="Tangent kernel", disable=not self._shows_progress) as bar:
-            for combination, number in steps:
-                block = blocks[number]
-                gradients = self._gradients(self.pool, block, combination)
-                self._add(kernel, block, block, gradients @ gradients.T)
-                for other in blocks[number + 1 :]:
-                    products = self._gradients(self.pool, other, combination) @ gradients.T
-                    self._add(kernel, other, block, products)
-                    self._add(kernel, block, other, products.T)
-                for other in upper_blocks if self.upper is not self.pool else ():
-                    products = self._gradients(self.upper, other, combination) @ gradients.T
-                    self._add(upper_kernel, other, block, products)
-                bar.update()
+        for combination, number in itertools.product(combinations, range(len(blocks))):
+            block = blocks[number]
+            gradients = self._gradients(self.pool, block, combination)
+            self._add(kernel, block, block, gradients @ gradients.T)
+            for other in blocks[number + 1 :]:
+                products = self._gradients(self.pool, other, combination) @ gradients.T
+                self._add(kernel, other, block, products)
+                self._add(kernel, block, other, products.T)
+            for other in upper_blocks if self.upper is not self.pool else ():
+                products = self._gradients(self.upper, other, combination) @ gradients.T
+                self._add(upper_kernel, other, block, products)
+            bar.update()
         return kernel, kernel if self.upper is self.pool else upper_kernel
 
     @staticmethod
@@ -196,6 +225,22 @@ class KernelEngine:
     @property
     def _device(self) -> torch.device:
         return next(iter(self._trained.values())).device
+
+
+def num_draws(num_trainings: int) -> int:
+    """Count the random combinations of logits: as many after each training, and three at least.
+
+    Args:
+        num_trainings: Trainings at whose ends the kernel is taken, 0 for the initial weights.
+
+    Returns:
+        A multiple of the trainings.
+
+    Example:
+        >>> [num_draws(num) for num in (0, 1, 2, 3, 5)]
+        [3, 3, 4, 3, 5]
+    """
+    return max(1, num_trainings) * math.ceil(NUM_DRAWS / max(1, num_trainings))
 
 
 class _Logits(nn.Module):

@@ -1,6 +1,7 @@
 """The tangent kernel against regression on gradients that are computed row by row, and the engine that searches with it."""
 
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from tiny import make_dataset, make_model
 from torch import nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from transformers import default_data_collator
 
 from hf_bilevel import tangent_kernel as module
@@ -44,10 +46,12 @@ def make_engine(model: nn.Module, pool: CollatedRows, upper: CollatedRows | None
     return KernelEngine(model, pool, upper or pool, RIDGE, torch.Generator().manual_seed(7))
 
 
-def features_by_hand(model: nn.Module, rows: CollatedRows, num_classes: int) -> torch.Tensor:
+def features_by_hand(
+    model: nn.Module, rows: CollatedRows, num_classes: int, num: int = 3, chosen: slice = slice(None)
+) -> torch.Tensor:
     """Gradients of the random combinations of logits that the engine draws, one behind the other."""
     model.eval()
-    combinations = torch.randn(module.NUM_DRAWS, num_classes, generator=torch.Generator().manual_seed(7))
+    combinations = torch.randn(num, num_classes, generator=torch.Generator().manual_seed(7))[chosen]
     trained = [p for p in model.parameters() if p.requires_grad]
     found = []
     for row in range(len(rows)):
@@ -162,6 +166,39 @@ def test_a_frozen_body_leaves_the_regression_on_its_features() -> None:
         hidden = F.pad(model.layers[:3](pool.batch["x"]), (0, 1), value=1.0)  # 1 for the bias
     expected = hidden @ hidden.T
     torch.testing.assert_close(kernel, expected / expected.diagonal().mean(), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("judged_on", ["pool", "target"])
+def test_trainings_leave_the_mean_of_the_kernels_at_their_ends(judged_on: str) -> None:
+    model, pool = Network(), make_rows(9, 1)
+    upper = pool if judged_on == "pool" else make_rows(5, 2)
+    weights = [parameters_to_vector(model.parameters()).detach() * factor for factor in (0.5, 3.0)]
+
+    def go_to(number: int) -> None:
+        vector_to_parameters(weights[number], model.parameters())
+        model.train()
+
+    trainings = [partial(go_to, number) for number in range(2)]
+    engine = KernelEngine(model, pool, upper, RIDGE, torch.Generator().manual_seed(7), trainings=trainings)
+    kernel, upper_kernel = 0.0, 0.0
+    for number in range(2):  # each by two of four combinations, and of the same scale
+        go_to(number)
+        of_pool, of_upper = (
+            features_by_hand(model, rows, 3, 4, slice(2 * number, 2 * number + 2)) for rows in (pool, upper)
+        )
+        scale = of_pool.square().sum(1).mean()
+        kernel, upper_kernel = (
+            kernel + of_pool @ of_pool.T / scale / 2,
+            upper_kernel + of_upper @ of_pool.T / scale / 2,
+        )
+    found = engine._kernels(trainings)
+    torch.testing.assert_close(found[0], kernel, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[1], upper_kernel, rtol=1e-5, atol=1e-6)
+    mask = torch.arange(9) < 4
+    y, t = (F.one_hot(rows.batch["labels"], 3).double() - 1 / 3 for rows in (pool, upper))
+    inverse = torch.linalg.inv(kernel[mask][:, mask] + RIDGE * torch.eye(4, dtype=torch.float64))
+    expected = (upper_kernel[:, mask] @ inverse @ y[mask] - t).square().sum(1).mean()
+    assert float(engine.upper_losses(mask[None], [0])) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_nothing_is_trained_or_passed_after_the_start() -> None:

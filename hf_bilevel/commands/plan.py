@@ -13,7 +13,7 @@ from hf_bilevel.commands.sources import AnyDataset
 from hf_bilevel.core.selection import num_selected
 from hf_bilevel.derivatives import LowerBlocks
 from hf_bilevel.losses import LM_HEADS, find_head
-from hf_bilevel.tangent_kernel import NUM_DRAWS
+from hf_bilevel.tangent_kernel import num_draws
 from hf_bilevel.trainers.blade import BladeConfig
 from hf_bilevel.trainers.bros import BrosConfig
 from hf_bilevel.trainers.config import BilevelConfig
@@ -188,11 +188,13 @@ def _cost(
 def _coreset_search(config: CoresetConfig, num_pool: int, num_target: int | None) -> float:
     if config.size == "pool":
         return 0.0
-    if config.engine == "kernel":  # in one block; masks take no pass
-        return float(NUM_DRAWS * TRAINING * (num_pool + (num_target or 0)))
     num_upper = num_pool if num_target is None else num_target
     masked = min(num_pool, _in_rows(config.size, num_pool))
     training = config.inner_steps * TRAINING * min(config.inner_batch_size or masked, masked)
+    if config.engine == "kernel":  # in one block; masks take no pass
+        num_trainings = config.for_data(num_target is not None).kernel_trainings
+        gradients = num_draws(num_trainings) * TRAINING * (num_pool + (num_target or 0))
+        return float(num_trainings * training + gradients)
     compared = min(config.num_upper_rows or num_upper, num_upper)
     at_the_end = max(1, config.num_final_masks) + NUM_UNIFORM
     return config.outer_steps * config.num_masks * (training + compared) + at_the_end * (training + num_upper)

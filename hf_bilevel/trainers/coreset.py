@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -63,7 +63,7 @@ NUM_UNIFORM = 10  # uniform draws that the coreset is measured beside
 
 MAX_LOST_STEPS = 10  # outer steps in a row of which nothing is left, before the search gives up
 
-_POOL, _TARGET, _MASKS, _ROWS, _TRAINING, _FINAL, _UNIFORM, _KERNEL = range(20, 28)  # tell seeds apart
+_POOL, _TARGET, _MASKS, _ROWS, _TRAINING, _FINAL, _UNIFORM, _KERNEL, _KERNEL_ROWS = range(20, 29)  # tell seeds apart
 
 Engine = SequentialEngine | BatchedEngine | KernelEngine
 
@@ -105,14 +105,20 @@ class CoresetConfig(BilevelConfig):
             best of many noisy losses is lucky, too.
         engine: ``"batched"`` trains on all masks at once, as one model with stacked parameters, ``"sequential"`` on one after
             the other; ``"auto"`` is batched for small models that allow it (see ``hf_bilevel.inner_training.stacking_pays``).
-            ``"kernel"`` trains nothing: the inner problem is kernel ridge regression with the model's tangent kernel, whose upper
-            losses take milliseconds and have exact gradients, so that a search of a few hundred steps takes seconds and settles.
-            For classifiers and pools up to some 10,000; start from ``initial_size=0.5``, see ``CoresetTrainer``.
+            ``"kernel"`` trains on no mask: the inner problem is kernel ridge regression with the model's tangent kernel, whose
+            upper losses take milliseconds and have exact gradients, so that a search of a few hundred steps takes seconds and
+            settles. For classifiers and pools up to some 10,000; start from ``initial_size=0.5``, see ``CoresetTrainer``.
+        kernel_trainings: With ``engine="kernel"``: trainings on uniform draws of ``size`` samples, by the ``inner_*`` settings. The
+            kernel is the mean of those where they end, with the features that a model learns from so many samples. 0 takes it at
+            the initial weights: with a frozen encoder, where it is the same, or where labels are wrong, which would be learned by
+            heart. None for 0 with a target dataset, which tells of such pools, and 3 without.
         ridge: Of the regression of ``engine="kernel"``, where the kernel is about 1 between a sample and itself.
-        pool_share: With ``engine="kernel"`` and a target dataset: how much of the upper loss is the pool's, in [0, 1), each of its
-            rows judged by what the other rows of the coreset say of it, and weighted so that the classes count about as in the
-            target dataset. 0.5 helped where some labels of the pool were wrong and the target dataset was small (measured).
-            Leave it at 0 where the target dataset stands for something else than the pool. A mask takes up to twice as long.
+        pool_share: With ``engine="kernel"``: how much of the upper loss is that on the pool's rows, in [0, 1], each judged by what
+            the *other* rows of the coreset say of it, so that no row is kept for its own sake alone. The rest is the loss on the
+            target dataset, or without one that on the pool as usual. Beside a target dataset the pool's rows are weighted so that
+            the classes count about as there. None for 0 with a target dataset, which may stand for something else than the pool,
+            and 0.5 without. 0.5 helped beside a small target dataset where some labels of the pool were wrong (measured). A
+            mask takes up to twice as long.
         search_save_steps: Outer steps between two checkpoints of the search.
         target_batch_size: Rows of one forward pass of the upper loss; None for 256.
         domain_column: See ``BilevelConfig``; only recorded.
@@ -154,9 +160,20 @@ class CoresetConfig(BilevelConfig):
     engine: str = field(
         default="auto", metadata={"help": "How masks are trained on: auto, batched, sequential or kernel."}
     )
+    kernel_trainings: int | None = field(
+        default=None,
+        metadata={
+            "help": "Trainings at whose ends engine=kernel takes the kernel, 0 for the initial weights; if not set 0 with a target "
+            "dataset and 3 without."
+        },
+    )
     ridge: float = field(default=0.1, metadata={"help": "Ridge of the regression with engine=kernel."})
-    pool_share: float = field(
-        default=0.0, metadata={"help": "Share of the pool in the upper loss with engine=kernel and a target dataset."}
+    pool_share: float | None = field(
+        default=None,
+        metadata={
+            "help": "With engine=kernel: share of the pool, its rows judged by the others, in the upper loss; if not set 0 with a "
+            "target dataset and 0.5 without."
+        },
     )
     search_save_steps: int = field(default=50, metadata={"help": "Outer steps between checkpoints of the search."})
 
@@ -187,16 +204,36 @@ class CoresetConfig(BilevelConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        if self.num_final_masks < 0:
-            raise ValueError(f"`num_final_masks` must not be negative, got {self.num_final_masks}.")
+        for name in ("num_final_masks", "kernel_trainings"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"`{name}` must not be negative, got {value}.")
         for name in ("upper_learning_rate", "inner_learning_rate", "ridge"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"`{name}` must be positive and finite, got {value}.")
-        if not 0 <= self.pool_share < 1:
-            raise ValueError(
-                f"`pool_share` must be in [0, 1), got {self.pool_share}. For the pool alone pass no `target_dataset`."
-            )
+        if self.pool_share is not None and not 0 <= self.pool_share <= 1:
+            raise ValueError(f"`pool_share` must be in [0, 1], got {self.pool_share}.")
+
+    def for_data(self, has_target: bool) -> "CoresetConfig":
+        """Fill in what depends on whether there is a target dataset.
+
+        Args:
+            has_target: Whether there is one.
+
+        Returns:
+            These settings with numbers for ``kernel_trainings`` and ``pool_share``.
+
+        Example:
+            >>> [(c.kernel_trainings, c.pool_share) for c in map(CoresetConfig().for_data, (True, False))]
+            [(0, 0.0), (3, 0.5)]
+        """
+        trainings, share = (0, 0.0) if has_target else (3, 0.5)
+        return replace(
+            self,
+            kernel_trainings=trainings if self.kernel_trainings is None else self.kernel_trainings,
+            pool_share=share if self.pool_share is None else self.pool_share,
+        )
 
 
 class CoresetMixin(BilevelMixin):
@@ -226,6 +263,9 @@ class CoresetMixin(BilevelMixin):
 
     def _in_rows(self, size: str | int | float) -> int:
         return num_selected(size, len(self.train_dataset)) if isinstance(size, float) else size
+
+    def _settings(self) -> CoresetConfig:
+        return self.bilevel_config.for_data(self.target_dataset is not None)
 
     def _searched_model(self) -> nn.Module:
         return self.model if self.search_model is None else self.search_model
@@ -278,17 +318,23 @@ class CoresetMixin(BilevelMixin):
             )
 
     def _warn_about_ignored_settings(self) -> None:
-        trains = {"inner_steps", "inner_batch_size", "inner_learning_rate", "inner_optimizer", "num_upper_rows"}
-        with_kernel = self.bilevel_config.engine == "kernel"
-        unused = trains if with_kernel else {"ridge", "pool_share"}
-        config = self.bilevel_config
-        ignored = [f.name for f in fields(config) if f.name in unused and getattr(config, f.name) != f.default]
-        if ignored:
-            why = "nothing is trained" if with_kernel else "only `engine='kernel'` fits a regression"
-            warnings.warn(f"Ignored, since {why}: {', '.join(f'`{name}`' for name in ignored)}.", stacklevel=6)
-        if with_kernel and config.pool_share > 0 and self.target_dataset is None:
-            warnings.warn(
-                "Ignored: `pool_share`. Without `target_dataset` the upper loss is the pool's anyway.", stacklevel=6
+        config = self._settings()
+        with_kernel = config.engine == "kernel"
+        unused, given = {}, self.bilevel_config
+        if not with_kernel:
+            unused["only `engine='kernel'` fits a regression"] = {"kernel_trainings", "ridge", "pool_share"}
+        else:
+            unused["`engine='kernel'` compares masks on all upper rows"] = {"num_upper_rows"}
+            if config.kernel_trainings == 0:
+                trains = {"inner_steps", "inner_batch_size", "inner_learning_rate", "inner_optimizer"}
+                unused["nothing is trained with `kernel_trainings=0`, the default beside a target dataset"] = trains
+        for why, names in unused.items():
+            ignored = [f.name for f in fields(config) if f.name in names and getattr(given, f.name) != f.default]
+            if ignored:
+                warnings.warn(f"Ignored, since {why}: {', '.join(f'`{name}`' for name in ignored)}.", stacklevel=6)
+        if with_kernel and given.pool_share == 1 and self.target_dataset is not None:
+            raise ValueError(
+                "With `pool_share=1` the target dataset counts for nothing. Lower it, or pass no `target_dataset`."
             )
 
     def _selects_rows(self) -> bool:
@@ -480,12 +526,6 @@ class CoresetMixin(BilevelMixin):
                 prepared, collator = self._collator_for(dataset)
                 rows[name] = CollatedRows(prepared, collator, self.args.device, derive_seed(self._seed, seed))
         upper = rows.get("upper", rows["pool"])
-        if config.engine == "kernel":
-            generator = torch.Generator().manual_seed(derive_seed(self._seed, _KERNEL))
-            shown = not self.args.disable_tqdm and self.is_local_process_zero()
-            pool_share = 0.0 if self.target_dataset is None else config.pool_share
-            yield KernelEngine(model, rows["pool"], upper, config.ridge, generator, pool_share, shown)
-            return
         smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
 
         def losses(model: nn.Module, batch: Any) -> UnitLosses:
@@ -505,9 +545,38 @@ class CoresetMixin(BilevelMixin):
             autocast=self.accelerator.autocast if self.args.bf16 else nullcontext,
         )
         with private_randomness(derive_seed(self._seed), self.args.device):
+            if config.engine == "kernel":
+                yield self._kernel_engine(problem)
+                return
             engine = self._choose_engine(problem)
             with engine.restored():
                 yield engine
+
+    def _kernel_engine(self, problem: InnerProblem) -> KernelEngine:
+        config = self._settings()
+        generator = torch.Generator().manual_seed(derive_seed(self._seed, _KERNEL))
+        shown = not self.args.disable_tqdm and self.is_local_process_zero()
+        kernel = partial(
+            KernelEngine, problem.model, problem.pool, problem.upper, config.ridge, generator, config.pool_share, shown
+        )
+        if config.kernel_trainings == 0:
+            return kernel()
+        generator = torch.Generator().manual_seed(derive_seed(self._seed, _KERNEL_ROWS))
+        masks = uniform_masks(len(problem.pool), self._in_rows(config.size), config.kernel_trainings, generator)
+        inner = SequentialEngine(problem)
+
+        def train_on(number: int) -> None:
+            inner.train_on(masks[number], derive_seed(self._seed, _KERNEL, number))
+            self._synchronise_model()
+            if not all(parameter.isfinite().all() for parameter in problem.model.parameters()):
+                raise FloatingPointError(
+                    "A training on a uniform draw, at whose end the kernel was to be taken, diverged. Lower `inner_learning_rate` "
+                    f"(now {self._inner_learning_rate}), look for broken samples, or take the kernel at the initial weights with "
+                    "`kernel_trainings=0`."
+                )
+
+        with inner.restored():
+            return kernel([partial(train_on, number) for number in range(config.kernel_trainings)])
 
     def _choose_engine(self, problem: InnerProblem) -> Engine:
         kind = self.bilevel_config.engine
@@ -711,10 +780,13 @@ class CoresetMixin(BilevelMixin):
         if self._subset is None:
             return None
         facts, size, num_pool = self._subset.facts, len(self._subset), self._subset.num_pool
-        with_kernel = self.bilevel_config.engine == "kernel"
+        config = self._settings()
+        with_kernel = config.engine == "kernel"
         judge = "the pool" if self.target_dataset is None else "the target dataset"
-        if with_kernel and self.bilevel_config.pool_share > 0 and self.target_dataset is not None:
-            judge += f" and, to {100 * self.bilevel_config.pool_share:.4g} %, the pool"
+        if with_kernel and config.pool_share > 0:
+            share = f"{100 * config.pool_share:.4g} %"
+            others = f", each row to {share} by what the others say of it,"
+            judge += others if self.target_dataset is None else f" and, to {share}, the pool"
         fitted = "kernel ridge regression with the model's tangent kernel" if with_kernel else "training"
         search, uniform = facts["search"], facts["controls"].get("uniform", {}).get("upper_loss")
         loss = "mean squared distance to one-hot labels" if with_kernel else "in nats"
@@ -855,11 +927,11 @@ class CoresetTrainer(CoresetMixin, Trainer):
     ``train()`` does it once, and trains the model on the coreset with your ``TrainingArguments``, whose epochs are then epochs
     of the coreset.
 
-    With ``engine="kernel"`` no inner model is trained: it is linear in the gradients of the model at its initial weights and
-    fitted by ridge regression, in closed form (``hf_bilevel.tangent_kernel``). The upper loss is then the mean squared distance
-    to one-hot labels, and the gradient, exact but for the masks drawn, comes from what every single sample of the pool changes,
-    those with probability 0 included. For classifiers from random or pretrained weights; with a frozen encoder it is the
-    regression on its features. Start it from ``initial_size=0.5``, and compare (``scripts/benchmarks/coreset.py``, arm
+    With ``engine="kernel"`` no model is trained on a mask: it is linear in the gradients of the model and fitted by ridge
+    regression, in closed form (``hf_bilevel.tangent_kernel``). The gradients are those at the initial weights, or without a target
+    dataset those at the ends of three trainings on uniform draws, made once (``kernel_trainings``). The upper loss is then the mean squared distance to one-hot labels, and its
+    gradient, exact but for the masks drawn, comes from what every single sample of the pool changes, those with probability 0
+    included. For classifiers; with a frozen encoder it is the regression on its features. Start it from ``initial_size=0.5``, and compare (``scripts/benchmarks/coreset.py``, arm
     ``pbcs_at_size``): the regression prefers what is best from the start, a network may not. With 200 steps and 2 masks that
     is the engine of choice wherever a linear model is a fair picture of the network; otherwise train.
 
@@ -868,8 +940,8 @@ class CoresetTrainer(CoresetMixin, Trainer):
     float32, or in bfloat16 autocast with ``bf16``.
 
     Cost of an outer step: C trainings of ``inner_steps`` forward and backward passes of about K rows, and C forward passes of the
-    upper rows; at the end one training, or ``num_final_masks``, and ten of uniform draws to compare with. With the kernel three
-    forward and backward passes of the pool and upper rows once, then :math:`O(n k^2)` for each mask of k of n rows. Memory
+    upper rows; at the end one training, or ``num_final_masks``, and ten of uniform draws to compare with. With the kernel
+    ``kernel_trainings`` of these trainings and three forward and backward passes of the pool and upper rows once, then :math:`O(n k^2)` for each mask of k of n rows. Memory
     beside the pool: the initialisation, gradients and optimizer state; with the batched engine C times that of a training.
     Processes share the masks, with one gather of C numbers a step.
 

@@ -29,7 +29,9 @@ other):
 
 Arms: pbcs is CoresetTrainer with `engine="kernel"`, the tangent kernel of the net that is trained afterwards (in
 `transfer` of the convolutional one, in `text` of a linear layer on the embeddings, in `pixels` a search with
-trainings); pbcs_at_size begins at the coreset's size instead of half the pool; pbcs_trained trains a small net for every mask; best20 takes the best of 20 uniform draws, each judged as
+trainings), after three trainings on uniform draws where there is no target dataset; pbcs_initial takes the kernel at the
+initial weights there and judges on the pool without leaving rows out (`kernel_trainings=0, pool_share=0`); pbcs_at_size
+begins at the coreset's size instead of half the pool; pbcs_trained trains a small net for every mask; best20 takes the best of 20 uniform draws, each judged as
 pbcs_trained judges; balanced draws within the classes; kcenter, herding and hardest use the last layer, or the losses,
 of a net trained on the pool with its labels as given; greedy is the bilevel selection of Borsos et al. with a tangent
 kernel, without its weights; pbcs_both and greedy_both judge on the pool as well, to one half (`pool_share`), its classes weighted
@@ -42,7 +44,8 @@ sees test rows. In `split` and `permuted` a task is trained on together with the
 counting as much as the present one; in `streaming` the memory counts as much as the batch. The tasks are smaller
 than the paper's (Zhou et al., ICML 2022): 5,000 digits are all there are, of which 1,900 are for the test, 190 of
 each class. Settings of pbcs (ridge, initial size, learning rate of the probabilities) were compared on seeds 10 and 11
-of `clean` and `noise20`, whose digits are drawn anew from the same 5,000, by the accuracy of the final net; that the pool should judge
+of `clean` and `noise20`, whose digits are drawn anew from the same 5,000, by the accuracy of the final net; the trainings in front of the
+kernel, and that rows are judged by the others too, on seeds 10 to 13 of `clean`; that with a target dataset the pool should judge
 too was seen on seed 10 of `noise20`, how (each row by the others) on its seeds 0 and 1, that its classes need weights on seed 1 of
 `imbalance50`: these are among those reported; those of
 greedy are those with a low loss of its own on one pool. For pbcs_trained, inner steps and learning rates are where the training of one uniform draw levels off, outer
@@ -94,11 +97,11 @@ from hf_bilevel.core.coreset import (
 
 EMBEDDED = ("kcenter", "herding", "hardest")
 CHOOSERS = ("uniform", "balanced", "best20", *EMBEDDED, "greedy", "pbcs")
-TRAINED, AT_SIZE = "pbcs_trained", "pbcs_at_size"
+TRAINED, AT_SIZE, INITIAL = "pbcs_trained", "pbcs_at_size", "pbcs_initial"
 BOTH = ("greedy_both", "pbcs_both")
 JUDGED = (*CHOOSERS, "target", "full")  # where there is a target dataset
 ARMS_OF = {
-    "clean": (*CHOOSERS, AT_SIZE, TRAINED, "full"),
+    "clean": (*CHOOSERS, INITIAL, AT_SIZE, TRAINED, "full"),
     "noise20": (*JUDGED, *BOTH, AT_SIZE, TRAINED),
     "pairwise20": (*JUDGED, *BOTH),
     "imbalance50": (*JUDGED, *BOTH),
@@ -128,6 +131,9 @@ class Settings:
     num_masks: int = 2
     upper_learning_rate: float = 0.05
     initial_size: float = 0.5
+    kernel_steps: int = 1000  # of the trainings at whose ends the kernel is taken, without a target dataset
+    kernel_batch: int = 50
+    kernel_learning_rate: float = 1e-3
     trained_net: str = "pooled"  # that pbcs_trained and best20 train
     trained_outer_steps: int = 250
     inner_steps: int = 20
@@ -189,6 +195,7 @@ SETTINGS_OF = {
 }
 SMOKE = {
     "outer_steps": 3,
+    "kernel_steps": 3,
     "trained_outer_steps": 3,
     "inner_steps": 2,
     "final_steps": 3,
@@ -218,6 +225,17 @@ class Net(nn.Module):
         return self.head(self.body(inputs))
 
 
+class Halving(nn.Module):
+    """Dropout with p = 1/2, a random bit for each entry: with `nn.Dropout` the numbers take half of a step on a CPU."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if not self.training:
+            return inputs
+        words = torch.randint(-(2**63), 2**63 - 1, (inputs.numel() // 64 + 1,), device=inputs.device)
+        bits = words[:, None] >> torch.arange(64, device=inputs.device) & 1
+        return 2 * inputs * bits.flatten()[: inputs.numel()].view_as(inputs)
+
+
 class MiniLM(nn.Module):
     """Mean of the last hidden states over the tokens of a row."""
 
@@ -243,9 +261,9 @@ def minilm_folder() -> Path:
 def make_net(name: str) -> Net:
     """The paper's nets are ``conv``, for summarisation, and ``perceptron``, for PermMNIST."""
     if name == "conv":
-        first = [nn.Conv2d(1, 32, 5), nn.Dropout(), nn.ReLU(), nn.MaxPool2d(2)]
-        second = [nn.Conv2d(32, 64, 5), nn.Dropout(), nn.ReLU(), nn.MaxPool2d(2)]
-        last = [nn.Flatten(), nn.Linear(1024, 128), nn.Dropout(), nn.ReLU()]
+        first = [nn.Conv2d(1, 32, 5), Halving(), nn.ReLU(), nn.MaxPool2d(2)]
+        second = [nn.Conv2d(32, 64, 5), Halving(), nn.ReLU(), nn.MaxPool2d(2)]
+        last = [nn.Flatten(), nn.Linear(1024, 128), Halving(), nn.ReLU()]
         return Net(nn.Sequential(*first, *second, *last), 128)
     if name == "cheap":
         first = [nn.AvgPool2d(2), nn.Conv2d(1, 16, 3, stride=2, padding=1), nn.ReLU()]
@@ -464,7 +482,7 @@ def choose(arm: str, problem: Problem) -> Tensor:
         return controls.greedy(kernel, problem.labels, size, *both, outer_weights=weights_of_both(problem))[0]
     if arm == "full":
         return torch.arange(num)
-    return search(problem, trains=arm == TRAINED, shrinks=arm != AT_SIZE)
+    return search(problem, arm)
 
 
 def weights_of_both(problem: Problem) -> Tensor:
@@ -488,8 +506,7 @@ def shrink(arm: str, problem: Problem, ids: Tensor, size: int) -> Tensor:
         return ids[:size]
     return ids[
         search(
-            replace(problem, inputs=problem.inputs[ids], labels=problem.labels[ids], size=size, target=problem.judge),
-            trains=False,
+            replace(problem, inputs=problem.inputs[ids], labels=problem.labels[ids], size=size, target=problem.judge)
         )
     ]
 
@@ -509,9 +526,9 @@ def sample_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return F.cross_entropy(model(batch["inputs"]), batch["labels"], reduction="none")
 
 
-def search(problem: Problem, trains: bool, shrinks: bool = True) -> Tensor:
+def search(problem: Problem, arm: str = "pbcs") -> Tensor:
     """Let CoresetTrainer choose, with the tangent kernel or with inner trainings."""
-    settings = problem.settings
+    settings, trains = problem.settings, arm == TRAINED
     own_share = problem.size / len(problem.labels)
     config = CoresetConfig(
         size=problem.size,
@@ -519,9 +536,15 @@ def search(problem: Problem, trains: bool, shrinks: bool = True) -> Tensor:
         engine="kernel",
         outer_steps=settings.outer_steps,
         num_masks=settings.num_masks,
-        pool_share=problem.pool_share,
-        initial_size=max(settings.initial_size, own_share) if shrinks else own_share,
+        initial_size=own_share if arm == AT_SIZE else max(settings.initial_size, own_share),
     )
+    if problem.target is not None:
+        config.pool_share = problem.pool_share
+    elif arm == INITIAL:
+        config.kernel_trainings, config.pool_share = 0, 0.0
+    else:  # with the library's kernel_trainings and pool_share
+        config.inner_steps, config.inner_batch_size = settings.kernel_steps, min(settings.kernel_batch, problem.size)
+        config.inner_learning_rate = settings.kernel_learning_rate
     if trains:
         config = CoresetConfig(
             size=problem.size,

@@ -145,10 +145,13 @@ def test_cost_of_a_coreset(tiny, data, common, capsys) -> None:
 
 
 def test_cost_of_a_coreset_by_the_tangent_kernel(tiny, data, common, capsys) -> None:
-    more = ["--task", "sequence_classification", "--size", "10", "--engine", "kernel"]
-    total, _ = cost(dry("coreset", tiny, data, common, capsys, *more, model="bert"))
+    more = ["--task", "sequence_classification", "--size", "10", "--engine", "kernel", "--kernel_trainings"]
     # Gradients of three combinations of the logits of the 40 rows of the pool and 12 of the target dataset.
+    total, _ = cost(dry("coreset", tiny, data, common, capsys, *more, "0", model="bert"))
     assert total == 3 * 3 * (40 + 12) + 2 * 3 * 8
+    # Of two combinations after each of two trainings of 7 steps on 10 rows.
+    total, _ = cost(dry("coreset", tiny, data, common, capsys, *more, "2", "--inner_steps", "7", model="bert"))
+    assert total == 2 * 7 * 3 * 10 + 4 * 3 * (40 + 12) + 2 * 3 * 8
 
 
 def test_memory(tiny, data, common, capsys) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from transformers import ResNetConfig, ResNetForImageClassification, Trainer, Tr
 
 from hf_bilevel import CoresetConfig, CoresetTrainer, SelectedSubset
 from hf_bilevel.core.coreset import coreset_step
+from hf_bilevel.core.kernel_ridge import KernelRidge
+from hf_bilevel.data import derive_seed
 from hf_bilevel.inner_training import BatchedEngine, SequentialEngine
+from hf_bilevel.tangent_kernel import KernelEngine
 from hf_bilevel.trainers import coreset as module
 
-TRAINS = ("inner_steps", "inner_batch_size", "num_upper_rows")  # of no use with the kernel
 FAST = {"size": 12, "outer_steps": 4, "inner_steps": 2, "num_masks": 3, "num_final_masks": 2}
 
 
@@ -64,7 +67,7 @@ def points_trainer(folder: Path, pool: Dataset, config: dict[str, Any], **kwargs
 def build(folder: Path, settings: dict[str, Any] | None = None, name: str = "vit", **kwargs: Any) -> CoresetTrainer:
     settings = {**FAST, **(settings or {})}
     if settings.get("engine") == "kernel":
-        settings = {key: value for key, value in settings.items() if key not in TRAINS}
+        settings.pop("num_upper_rows", None)
     extra = {"bilevel_config": CoresetConfig(**settings), **kwargs.pop("trainer_kwargs", {})}
     return make_trainer(CoresetTrainer, name, folder, trainer_kwargs=extra, **kwargs)
 
@@ -136,6 +139,93 @@ def test_the_pool_can_judge_beside_the_target(tmp_path: Path) -> None:
         found = float(engine.upper_losses(mask, [0]))
     assert subset.facts["metrics"]["upper_loss"] == pytest.approx(found, rel=1e-6)
     assert "the target dataset and, to 50 %, the pool" in trainer._method_section().about
+
+
+@pytest.mark.parametrize(("given", "share"), [(None, 0.5), (1, 1.0), (0, 0.0)])
+def test_without_a_target_the_rows_of_the_pool_are_judged_by_the_others(
+    given: float | None, share: float, tmp_path: Path
+) -> None:
+    pool = make_points(12, seed=3, wrong=0.2)
+    config = {"size": 4, "outer_steps": 4, "engine": "kernel", "kernel_trainings": 0, "pool_share": given}
+    trainer = points_trainer(tmp_path, pool, config)
+    mask = torch.zeros(12, dtype=torch.bool).index_fill(0, trainer.search().ids, True)
+    with trainer._engine() as engine:
+        kernel, found = engine._problem._kernel, float(engine.upper_losses(mask[None], [0]))
+    targets = F.one_hot(torch.tensor(pool["labels"][:]), 2).double() - 0.5
+
+    def distance(mask: torch.Tensor, rows: slice) -> float:
+        problem = KernelRidge(kernel, targets, kernel[rows], targets[rows], 0.1)
+        return float(problem.loss_and_differences(mask)[0])
+
+    by_others = [distance(mask & (torch.arange(12) != i), slice(i, i + 1)) for i in range(12)]
+    expected = (1 - share) * distance(mask, slice(None)) + share * sum(by_others) / 12
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert (f"each row to {100 * share:.0f} % by what the others say" in trainer._method_section().about) == (
+        share > 0
+    )
+
+
+def test_a_target_dataset_that_counts_for_nothing_is_refused(tmp_path: Path) -> None:
+    config = {"size": 4, "engine": "kernel", "pool_share": 1.0}
+    with pytest.raises(ValueError, match="With `pool_share=1` the target dataset counts for nothing"):
+        points_trainer(tmp_path, make_points(12, seed=3), config, target_dataset=make_points(6, seed=2))
+
+
+class Bent(Points):
+    """One with a hidden layer, whose kernel depends on the weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 2))
+
+
+def test_the_kernel_is_taken_where_trainings_on_uniform_draws_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, model = make_points(20, seed=3), Bent()
+    config = {"size": 6, "outer_steps": 1, "engine": "kernel", "kernel_trainings": 2, "inner_steps": 3}
+    config |= {"inner_learning_rate": 0.2, "inner_optimizer": "sgd"}
+    trainer = points_trainer(tmp_path, pool, config, model=model)
+    masks, ends, started = [], [], parameters_of(trainer)
+    train_on = SequentialEngine.train_on
+
+    def watched(engine: SequentialEngine, mask: torch.Tensor, seed: int) -> None:
+        train_on(engine, mask, seed)
+        masks.append(mask)
+        ends.append({key: value.clone() for key, value in model.state_dict().items()})
+
+    monkeypatch.setattr(SequentialEngine, "train_on", watched)
+    with trainer._engine() as engine:
+        kernel = engine._problem._kernel
+    assert torch.equal(parameters_of(trainer), started) and len(masks) == 2
+    assert not torch.equal(*masks) and all(int(mask.sum()) == 6 for mask in masks)
+    x, labels = torch.tensor(pool["x"][:]), torch.tensor(pool["labels"][:])
+    for mask, end in zip(masks, ends, strict=True):
+        by_hand = Bent()
+        by_hand.load_state_dict(model.state_dict())
+        optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.2, momentum=0.9)
+        for _ in range(3):
+            optimizer.zero_grad()
+            by_hand(x[mask], labels[mask])["loss"].backward()
+            optimizer.step()
+        torch.testing.assert_close(end, by_hand.state_dict())
+    at_ends = [partial(model.load_state_dict, end) for end in ends]
+    generator = torch.Generator().manual_seed(derive_seed(trainer._seed, module._KERNEL))
+    expected = KernelEngine(model, engine.pool, engine.upper, 0.1, generator, trainings=at_ends)
+    torch.testing.assert_close(kernel, expected._problem._kernel)
+    untrained = points_trainer(tmp_path, pool, {"size": 6, "engine": "kernel", "kernel_trainings": 0}, model=Bent())
+    with untrained._engine() as engine:
+        assert not torch.allclose(kernel, engine._problem._kernel, atol=0.02)
+
+
+def test_trainings_for_the_kernel_that_diverge_say_so(tmp_path: Path) -> None:
+    config = {"size": 6, "engine": "kernel", "inner_learning_rate": 1e38, "inner_steps": 30}
+    config["inner_optimizer"] = "sgd"
+    trainer = points_trainer(tmp_path, make_points(20, seed=3), config, model=Bent())
+    before = parameters_of(trainer)
+    with pytest.raises(FloatingPointError, match="diverged. Lower `inner_learning_rate`.*`kernel_trainings=0`"):
+        trainer.search()
+    assert torch.equal(parameters_of(trainer), before)
 
 
 def test_the_kernel_takes_one_step_by_hand(tmp_path: Path) -> None:
@@ -426,12 +516,15 @@ def test_batch_statistics_need_the_sequential_engine(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"engine": "kernel", "num_upper_rows": 4}, "compares masks on all upper rows: `num_upper_rows`"),
         (
-            {"engine": "kernel", "inner_steps": 3, "num_upper_rows": 4},
-            "nothing is trained: `inner_steps`, `num_upper_rows`",
+            {"engine": "kernel", "kernel_trainings": 0, "inner_steps": 3, "inner_optimizer": "sgd"},
+            "nothing is trained with `kernel_trainings=0`.*: `inner_steps`, `inner_optimizer`",
         ),
-        ({"ridge": 0.5}, "only `engine='kernel'` fits a regression: `ridge`"),
-        ({"engine": "kernel", "pool_share": 0.5}, "Ignored: `pool_share`. Without `target_dataset`"),
+        (
+            {"ridge": 0.5, "kernel_trainings": 1},
+            "only `engine='kernel'` fits a regression: `kernel_trainings`, `ridge`",
+        ),
     ],
 )
 def test_settings_of_another_engine_are_warned_about(settings: dict, message: str, tmp_path: Path) -> None:
@@ -611,7 +704,8 @@ def test_a_search_whose_trainings_all_diverge_ends(tmp_path: Path) -> None:
         ({"inner_batch_size": 0}, "`inner_batch_size` must be at least 1"),
         ({"num_upper_rows": 0}, "`num_upper_rows` must be at least 1"),
         ({"num_final_masks": -1}, "`num_final_masks` must not be negative"),
-        ({"pool_share": 1.0}, r"`pool_share` must be in \[0, 1\), got 1.0. For the pool alone"),
+        ({"pool_share": 1.1}, r"`pool_share` must be in \[0, 1\], got 1.1"),
+        ({"kernel_trainings": -1}, "`kernel_trainings` must not be negative, got -1"),
         ({"upper_learning_rate": 0.0}, "`upper_learning_rate` must be positive"),
         ({"inner_learning_rate": math.inf}, "`inner_learning_rate` must be positive and finite"),
         ({"inner_optimizer": "adamw"}, "`inner_optimizer` must be one of adam, sgd"),
