@@ -192,9 +192,8 @@ def _coreset_search(config: CoresetConfig, num_pool: int, num_target: int | None
     masked = min(num_pool, _in_rows(config.size, num_pool))
     training = config.inner_steps * TRAINING * min(config.inner_batch_size or masked, masked)
     if config.engine == "kernel":  # in one block; masks take no pass
-        num_trainings = config.for_data(num_target is not None).kernel_trainings
-        gradients = num_draws(num_trainings) * TRAINING * (num_pool + (num_target or 0))
-        return float(num_trainings * training + gradients)
+        gradients = num_draws(config.kernel_trainings) * TRAINING * (num_pool + (num_target or 0))
+        return float(config.kernel_trainings * training + gradients)
     compared = min(config.num_upper_rows or num_upper, num_upper)
     at_the_end = max(1, config.num_final_masks) + NUM_UNIFORM
     return config.outer_steps * config.num_masks * (training + compared) + at_the_end * (training + num_upper)

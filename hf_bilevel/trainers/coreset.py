@@ -108,17 +108,17 @@ class CoresetConfig(BilevelConfig):
             ``"kernel"`` trains on no mask: the inner problem is kernel ridge regression with the model's tangent kernel, whose
             upper losses take milliseconds and have exact gradients, so that a search of a few hundred steps takes seconds and
             settles. For classifiers and pools up to some 10,000; start from ``initial_size=0.5``, see ``CoresetTrainer``.
-        kernel_trainings: With ``engine="kernel"``: trainings on uniform draws of ``size`` samples, by the ``inner_*`` settings. The
-            kernel is the mean of those where they end, with the features that a model learns from so many samples. 0 takes it at
-            the initial weights: with a frozen encoder, where it is the same, or where labels are wrong, which would be learned by
-            heart. None for 0 with a target dataset, which tells of such pools, and 3 without.
+        kernel_trainings: With ``engine="kernel"``: trainings on uniform draws of ``size`` samples, by the ``inner_*`` settings, from
+            weights of their own if the trainer got a ``model_init``. The kernel is the mean of those where they end, with the
+            features that a model learns from so many samples. 0 takes it at the initial weights. 3 helped a convolutional network
+            from random weights; not where labels are wrong, which are learned by heart, or classes rare (measured).
         ridge: Of the regression of ``engine="kernel"``, where the kernel is about 1 between a sample and itself.
         pool_share: With ``engine="kernel"``: how much of the upper loss is that on the pool's rows, in [0, 1], each judged by what
             the *other* rows of the coreset say of it, so that no row is kept for its own sake alone. The rest is the loss on the
             target dataset, or without one that on the pool as usual. Beside a target dataset the pool's rows are weighted so that
-            the classes count about as there. None for 0 with a target dataset, which may stand for something else than the pool,
-            and 0.5 without. 0.5 helped beside a small target dataset where some labels of the pool were wrong (measured). A
-            mask takes up to twice as long.
+            the classes count about as there. 0.5 helped beside a small target dataset where some labels of the pool were wrong, and
+            without one together with ``kernel_trainings`` (measured). Leave it at 0 where the target dataset stands for something
+            else than the pool. A mask takes up to twice as long.
         search_save_steps: Outer steps between two checkpoints of the search.
         target_batch_size: Rows of one forward pass of the upper loss; None for 256.
         domain_column: See ``BilevelConfig``; only recorded.
@@ -160,20 +160,14 @@ class CoresetConfig(BilevelConfig):
     engine: str = field(
         default="auto", metadata={"help": "How masks are trained on: auto, batched, sequential or kernel."}
     )
-    kernel_trainings: int | None = field(
-        default=None,
-        metadata={
-            "help": "Trainings at whose ends engine=kernel takes the kernel, 0 for the initial weights; if not set 0 with a target "
-            "dataset and 3 without."
-        },
+    kernel_trainings: int = field(
+        default=0,
+        metadata={"help": "Trainings at whose ends engine=kernel takes the kernel; 0 for the initial weights."},
     )
     ridge: float = field(default=0.1, metadata={"help": "Ridge of the regression with engine=kernel."})
-    pool_share: float | None = field(
-        default=None,
-        metadata={
-            "help": "With engine=kernel: share of the pool, its rows judged by the others, in the upper loss; if not set 0 with a "
-            "target dataset and 0.5 without."
-        },
+    pool_share: float = field(
+        default=0.0,
+        metadata={"help": "With engine=kernel: share of the pool, each row judged by the others, in the upper loss."},
     )
     search_save_steps: int = field(default=50, metadata={"help": "Outer steps between checkpoints of the search."})
 
@@ -205,35 +199,14 @@ class CoresetConfig(BilevelConfig):
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
         for name in ("num_final_masks", "kernel_trainings"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"`{name}` must not be negative, got {value}.")
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
         for name in ("upper_learning_rate", "inner_learning_rate", "ridge"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"`{name}` must be positive and finite, got {value}.")
-        if self.pool_share is not None and not 0 <= self.pool_share <= 1:
+        if not 0 <= self.pool_share <= 1:
             raise ValueError(f"`pool_share` must be in [0, 1], got {self.pool_share}.")
-
-    def for_data(self, has_target: bool) -> "CoresetConfig":
-        """Fill in what depends on whether there is a target dataset.
-
-        Args:
-            has_target: Whether there is one.
-
-        Returns:
-            These settings with numbers for ``kernel_trainings`` and ``pool_share``.
-
-        Example:
-            >>> [(c.kernel_trainings, c.pool_share) for c in map(CoresetConfig().for_data, (True, False))]
-            [(0, 0.0), (3, 0.5)]
-        """
-        trainings, share = (0, 0.0) if has_target else (3, 0.5)
-        return replace(
-            self,
-            kernel_trainings=trainings if self.kernel_trainings is None else self.kernel_trainings,
-            pool_share=share if self.pool_share is None else self.pool_share,
-        )
 
 
 class CoresetMixin(BilevelMixin):
@@ -263,9 +236,6 @@ class CoresetMixin(BilevelMixin):
 
     def _in_rows(self, size: str | int | float) -> int:
         return num_selected(size, len(self.train_dataset)) if isinstance(size, float) else size
-
-    def _settings(self) -> CoresetConfig:
-        return self.bilevel_config.for_data(self.target_dataset is not None)
 
     def _searched_model(self) -> nn.Module:
         return self.model if self.search_model is None else self.search_model
@@ -318,21 +288,21 @@ class CoresetMixin(BilevelMixin):
             )
 
     def _warn_about_ignored_settings(self) -> None:
-        config = self._settings()
+        config = self.bilevel_config
         with_kernel = config.engine == "kernel"
-        unused, given = {}, self.bilevel_config
+        unused = {}
         if not with_kernel:
             unused["only `engine='kernel'` fits a regression"] = {"kernel_trainings", "ridge", "pool_share"}
         else:
             unused["`engine='kernel'` compares masks on all upper rows"] = {"num_upper_rows"}
             if config.kernel_trainings == 0:
                 trains = {"inner_steps", "inner_batch_size", "inner_learning_rate", "inner_optimizer"}
-                unused["nothing is trained with `kernel_trainings=0`, the default beside a target dataset"] = trains
+                unused["nothing is trained with `kernel_trainings=0`"] = trains
         for why, names in unused.items():
-            ignored = [f.name for f in fields(config) if f.name in names and getattr(given, f.name) != f.default]
+            ignored = [f.name for f in fields(config) if f.name in names and getattr(config, f.name) != f.default]
             if ignored:
                 warnings.warn(f"Ignored, since {why}: {', '.join(f'`{name}`' for name in ignored)}.", stacklevel=6)
-        if with_kernel and given.pool_share == 1 and self.target_dataset is not None:
+        if with_kernel and config.pool_share == 1 and self.target_dataset is not None:
             raise ValueError(
                 "With `pool_share=1` the target dataset counts for nothing. Lower it, or pass no `target_dataset`."
             )
@@ -553,7 +523,7 @@ class CoresetMixin(BilevelMixin):
                 yield engine
 
     def _kernel_engine(self, problem: InnerProblem) -> KernelEngine:
-        config = self._settings()
+        config = self.bilevel_config
         generator = torch.Generator().manual_seed(derive_seed(self._seed, _KERNEL))
         shown = not self.args.disable_tqdm and self.is_local_process_zero()
         kernel = partial(
@@ -566,7 +536,14 @@ class CoresetMixin(BilevelMixin):
         inner = SequentialEngine(problem)
 
         def train_on(number: int) -> None:
-            inner.train_on(masks[number], derive_seed(self._seed, _KERNEL, number))
+            seed = derive_seed(self._seed, _KERNEL, number)
+            if self.model_init is None or self.search_model is not None:
+                inner.train_on(masks[number], seed)
+            else:
+                with private_randomness(derive_seed(seed), self.args.device):
+                    fresh = self.call_model_init().to(self.args.device)
+                SequentialEngine(replace(problem, model=fresh)).train_on(masks[number], seed)
+                problem.model.load_state_dict(fresh.state_dict())
             self._synchronise_model()
             if not all(parameter.isfinite().all() for parameter in problem.model.parameters()):
                 raise FloatingPointError(
@@ -780,7 +757,7 @@ class CoresetMixin(BilevelMixin):
         if self._subset is None:
             return None
         facts, size, num_pool = self._subset.facts, len(self._subset), self._subset.num_pool
-        config = self._settings()
+        config = self.bilevel_config
         with_kernel = config.engine == "kernel"
         judge = "the pool" if self.target_dataset is None else "the target dataset"
         if with_kernel and config.pool_share > 0:
@@ -928,8 +905,8 @@ class CoresetTrainer(CoresetMixin, Trainer):
     of the coreset.
 
     With ``engine="kernel"`` no model is trained on a mask: it is linear in the gradients of the model and fitted by ridge
-    regression, in closed form (``hf_bilevel.tangent_kernel``). The gradients are those at the initial weights, or without a target
-    dataset those at the ends of three trainings on uniform draws, made once (``kernel_trainings``). The upper loss is then the mean squared distance to one-hot labels, and its
+    regression, in closed form (``hf_bilevel.tangent_kernel``). The gradients are those at the initial weights, or at the ends of a
+    few trainings on uniform draws (``kernel_trainings``). The upper loss is then the mean squared distance to one-hot labels, and its
     gradient, exact but for the masks drawn, comes from what every single sample of the pool changes, those with probability 0
     included. For classifiers; with a frozen encoder it is the regression on its features. Start it from ``initial_size=0.5``, and compare (``scripts/benchmarks/coreset.py``, arm
     ``pbcs_at_size``): the regression prefers what is best from the start, a network may not. With 200 steps and 2 masks that

@@ -29,10 +29,11 @@ other):
 
 Arms: pbcs is CoresetTrainer with `engine="kernel"`, the tangent kernel of the net that is trained afterwards (in
 `transfer` of the convolutional one, in `text` of a linear layer on the embeddings, in `pixels` a search with
-trainings), after three trainings on uniform draws where there is no target dataset; pbcs_initial takes the kernel at the
-initial weights there and judges on the pool without leaving rows out (`kernel_trainings=0, pool_share=0`); pbcs_at_size
-begins at the coreset's size instead of half the pool; pbcs_trained trains a small net for every mask; best20 takes the best of 20 uniform draws, each judged as
-pbcs_trained judges; balanced draws within the classes; kcenter, herding and hardest use the last layer, or the losses,
+trainings); in `clean` and `transfer` the kernel is that after three trainings on uniform draws, from initial weights of
+their own, and half of the upper loss judges each row by what the others say of it (`kernel_trainings=3,
+pool_share=0.5`); pbcs_initial takes the kernel at the initial weights there, and the loss on the pool, and so does
+pbcs_at_size, which begins at the coreset's size instead of half the pool; pbcs_trained trains a small net for every mask;
+best20 takes the best of 20 uniform draws, each judged as pbcs_trained judges; balanced draws within the classes; kcenter, herding and hardest use the last layer, or the losses,
 of a net trained on the pool with its labels as given; greedy is the bilevel selection of Borsos et al. with a tangent
 kernel, without its weights; pbcs_both and greedy_both judge on the pool as well, to one half (`pool_share`), its classes weighted
 as in the target, pbcs_both each of its rows by what the others say of it, greedy_both by all; target trains on the clean target rows instead of a coreset; full trains on the pool. See
@@ -131,7 +132,8 @@ class Settings:
     num_masks: int = 2
     upper_learning_rate: float = 0.05
     initial_size: float = 0.5
-    kernel_steps: int = 1000  # of the trainings at whose ends the kernel is taken, without a target dataset
+    kernel_trainings: int = 0  # at whose ends the kernel is taken, without a target dataset
+    kernel_steps: int = 1000
     kernel_batch: int = 50
     kernel_learning_rate: float = 1e-3
     trained_net: str = "pooled"  # that pbcs_trained and best20 train
@@ -166,8 +168,9 @@ REPLAY = Settings(
 PERMUTED = replace(REPLAY, search_net="perceptron", final_net="perceptron", num_pool=1000, num_tasks=10)
 STREAMING = replace(REPLAY, final_steps=40, num_pool=500)
 SETTINGS_OF = {
-    **dict.fromkeys(("clean", "noise20", "pairwise20", "imbalance50"), SUMMARY),
-    "transfer": replace(SUMMARY, final_net="mlp"),
+    "clean": replace(SUMMARY, kernel_trainings=3, inits=4),
+    **dict.fromkeys(("noise20", "pairwise20", "imbalance50"), SUMMARY),
+    "transfer": replace(SUMMARY, kernel_trainings=3, final_net="mlp"),
     **dict.fromkeys(("split", "split_noise"), REPLAY),
     **dict.fromkeys(("permuted", "permuted_noise"), PERMUTED),
     **dict.fromkeys(("streaming", "streaming_noise"), STREAMING),
@@ -540,10 +543,9 @@ def search(problem: Problem, arm: str = "pbcs") -> Tensor:
     )
     if problem.target is not None:
         config.pool_share = problem.pool_share
-    elif arm == INITIAL:
-        config.kernel_trainings, config.pool_share = 0, 0.0
-    else:  # with the library's kernel_trainings and pool_share
-        config.inner_steps, config.inner_batch_size = settings.kernel_steps, min(settings.kernel_batch, problem.size)
+    elif settings.kernel_trainings and arm not in (INITIAL, AT_SIZE):
+        config.kernel_trainings, config.pool_share = settings.kernel_trainings, POOL_SHARE
+        config.inner_steps, config.inner_batch_size = settings.kernel_steps, settings.kernel_batch
         config.inner_learning_rate = settings.kernel_learning_rate
     if trains:
         config = CoresetConfig(
@@ -560,7 +562,7 @@ def search(problem: Problem, arm: str = "pbcs") -> Tensor:
     torch.manual_seed(problem.seed)
     with tempfile.TemporaryDirectory() as folder:
         trainer = CoresetTrainer(
-            model=make_net(settings.trained_net if trains else settings.search_net),
+            model_init=lambda: make_net(settings.trained_net if trains else settings.search_net),
             args=TrainingArguments(
                 folder,
                 save_strategy="no",
@@ -862,6 +864,11 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first_seed", type=int, default=0)
     parser.add_argument("--output", default=None, help="a file there keeps its rows of other tasks, arms and seeds")
+    parser.add_argument(
+        "--keep_ids",
+        action="store_true",
+        help="where the output file has a coreset, train on it instead of choosing anew",
+    )
     overrides = parser.add_argument_group("settings of all tasks of this run, instead of those in the script")
     for name in ("outer_steps", "trained_outer_steps", "inner_steps", "final_steps", "inits"):
         overrides.add_argument(f"--{name}", type=int)
@@ -886,10 +893,16 @@ def main(argv: list[str] | None = None) -> dict:
         settings_of[task] = asdict(settings)
         for seed in range(options.first_seed, options.first_seed + options.seeds):
             for arm in [arm for arm in ARMS_OF[task] if arm in options.arms]:
-                known = {}
-                if task == "transfer" and "ids" in (found := rows.get(("clean", arm, seed), {})):
-                    known["known"] = torch.tensor([int(number) for number in found["ids"].split()])
+                known, before = {}, {}
+                if task == "transfer":
+                    before = rows.get(("clean", arm, seed), {})
+                elif options.keep_ids and RUN[task] is summarise_pool:
+                    before = rows.get((task, arm, seed), {})
+                if "ids" in before:
+                    known["known"] = torch.tensor([int(number) for number in before["ids"].split()])
                 row = {"task": task, "arm": arm, "seed": seed, **RUN[task](task, arm, seed, settings, **known)}
+                if options.keep_ids and "seconds" in before:
+                    row["seconds"] = before["seconds"]
                 rows[task, arm, seed] = row
                 shown = {key: round(v, 4) if isinstance(v, float) else v for key, v in row.items() if key != "ids"}
                 print(shown, flush=True)
