@@ -278,6 +278,10 @@ class CoresetMixin(BilevelMixin):
         self._check_labels(self.train_dataset, "train_dataset")
         if self.target_dataset is not None:
             self._check_target_dataset()
+            if self.bilevel_config.engine == "kernel" and self.bilevel_config.pool_share == 1:
+                raise ValueError(
+                    "With `pool_share=1` the target dataset counts for nothing. Lower it, or pass no `target_dataset`."
+                )
         self._check_losses(self.train_dataset)
         self._warn_about_ignored_settings()
         if self.compute_loss_func is not None and self.compute_sample_losses is None:
@@ -302,10 +306,6 @@ class CoresetMixin(BilevelMixin):
             ignored = [f.name for f in fields(config) if f.name in names and getattr(config, f.name) != f.default]
             if ignored:
                 warnings.warn(f"Ignored, since {why}: {', '.join(f'`{name}`' for name in ignored)}.", stacklevel=6)
-        if with_kernel and config.pool_share == 1 and self.target_dataset is not None:
-            raise ValueError(
-                "With `pool_share=1` the target dataset counts for nothing. Lower it, or pass no `target_dataset`."
-            )
 
     def _selects_rows(self) -> bool:
         return True
