@@ -47,8 +47,8 @@ than the paper's (Zhou et al., ICML 2022): 5,000 digits are all there are, of wh
 each class. Settings of pbcs (ridge, initial size, learning rate of the probabilities) were compared on seeds 10 and 11
 of `clean` and `noise20`, whose digits are drawn anew from the same 5,000, by the accuracy of the final net; the trainings in front of the
 kernel, and that rows are judged by the others too, on seeds 10 to 13 of `clean`; that these trainings start from weights of
-their own was seen on its seeds 12 and 13 and again on those reported, where from the same weights the search was level with
-greedy; that with a target dataset the pool should judge
+their own was seen on its seeds 12 and 13 and again on 0 to 3, which are reported, where from the same weights the search was
+level with greedy; that with a target dataset the pool should judge
 too was seen on seed 10 of `noise20`, how (each row by the others) on its seeds 0 and 1, that its classes need weights on seed 1 of
 `imbalance50`: these are among those reported; those of
 greedy are those with a low loss of its own on one pool. For pbcs_trained, inner steps and learning rates are where the training of one uniform draw levels off, outer

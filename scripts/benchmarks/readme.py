@@ -643,7 +643,8 @@ def coreset() -> str:
             f"{seeds['clean']} seeds, and make its coreset one for this network: a perceptron learns {of_transfer('pbcs')} from it, "
             f"{of_transfer('pbcs_initial')} from that of the kernel at the initial weights and {of_transfer('greedy')} from greedy's. "
             "Where classes are rare, greedy selection (`scripts/benchmarks/coreset_controls.py`) and training on the clean rows alone are "
-            "as good. How the pool judges was chosen on two of the five seeds with wrong labels.",
+            "as good. How the pool judges was chosen on two of the five seeds with wrong labels, and that the trainings start from "
+            "weights of their own on other seeds of the 1,000 digits and four of these.",
             "",
             "From `scripts/benchmarks/results/coreset.json`; [other tasks](scripts/benchmarks/README.md#coresets).",
         ]
