@@ -111,7 +111,7 @@ class CoresetConfig(BilevelConfig):
         kernel_trainings: With ``engine="kernel"``: trainings on uniform draws of ``size`` samples, by the ``inner_*`` settings, from
             weights of their own if the trainer got a ``model_init``. The kernel is the mean of those where they end, with the
             features that a model learns from so many samples. 0 takes it at the initial weights. 3 helped a convolutional network
-            from random weights; not where labels are wrong, which are learned by heart, or classes rare (measured).
+            from random weights (measured); in trials not where labels are wrong, which are learned by heart, or classes rare.
         ridge: Of the regression of ``engine="kernel"``, where the kernel is about 1 between a sample and itself.
         pool_share: With ``engine="kernel"``: how much of the upper loss is that on the pool's rows, in [0, 1], each judged by what
             the *other* rows of the coreset say of it, so that no row is kept for its own sake alone. The rest is the loss on the
@@ -542,6 +542,8 @@ class CoresetMixin(BilevelMixin):
             else:
                 with private_randomness(derive_seed(seed), self.args.device):
                     fresh = self.call_model_init().to(self.args.device)
+                for parameter, own in zip(fresh.parameters(), problem.model.parameters(), strict=True):
+                    parameter.requires_grad_(own.requires_grad)  # it may have been frozen since
                 SequentialEngine(replace(problem, model=fresh)).train_on(masks[number], seed)
                 problem.model.load_state_dict(fresh.state_dict())
             self._synchronise_model()
@@ -552,8 +554,13 @@ class CoresetMixin(BilevelMixin):
                     "`kernel_trainings=0`."
                 )
 
-        with inner.restored():
-            return kernel([partial(train_on, number) for number in range(config.kernel_trainings)])
+        frozen = [(p, p.detach().clone()) for p in problem.model.parameters() if not p.requires_grad]
+        try:
+            with inner.restored():
+                return kernel([partial(train_on, number) for number in range(config.kernel_trainings)])
+        finally:
+            for parameter, value in frozen:  # a fresh model has its own of these too
+                parameter.data.copy_(value)
 
     def _choose_engine(self, problem: InnerProblem) -> Engine:
         kind = self.bilevel_config.engine

@@ -224,6 +224,25 @@ def test_the_kernel_is_taken_where_trainings_on_uniform_draws_end(
         assert not torch.allclose(kernel, engine._problem._kernel, atol=0.02)
 
 
+def test_frozen_layers_stay_as_they_are_beside_fresh_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"size": 6, "outer_steps": 1, "engine": "kernel", "kernel_trainings": 2, "inner_steps": 3}
+    trainer = points_trainer(tmp_path, make_points(20, seed=3), config, model_init=Bent)
+    trainer.model.layer[0].requires_grad_(False)  # not by `model_init`
+    before, moved, train_on = copy.deepcopy(trainer.model.state_dict()), [], SequentialEngine.train_on
+
+    def watched(engine: SequentialEngine, mask: torch.Tensor, seed: int) -> None:
+        start = copy.deepcopy(engine.model.state_dict())
+        train_on(engine, mask, seed)
+        moved.append(
+            [name for name, value in engine.model.state_dict().items() if not torch.equal(value, start[name])]
+        )
+
+    monkeypatch.setattr(SequentialEngine, "train_on", watched)
+    trainer.search()
+    assert moved == [["layer.2.weight", "layer.2.bias"]] * 2
+    torch.testing.assert_close(trainer.model.state_dict(), before, rtol=0, atol=0)
+
+
 def test_trainings_for_the_kernel_that_diverge_say_so(tmp_path: Path) -> None:
     config = {"size": 6, "engine": "kernel", "kernel_trainings": 1, "inner_learning_rate": 1e38, "inner_steps": 30}
     config["inner_optimizer"] = "sgd"
