@@ -63,6 +63,18 @@ CORESET_ON = {
     "inner_batch_size": 4,
     "engine": "sequential",  # stacked trainings share the random numbers of dropout, as many as a process has
 }
+KERNEL_ON = {
+    "check_processes": True,
+    "size": 12,
+    "outer_steps": 4,
+    "num_masks": 3,
+    "engine": "kernel",
+    "initial_size": 0.5,
+    "kernel_trainings": 2,
+    "inner_steps": 3,
+    "inner_batch_size": 4,
+    "pool_share": 0.5,
+}
 TRAINERS = {
     BladeConfig: BladeTrainer,
     BrosConfig: BrosTrainer,
@@ -290,23 +302,24 @@ def check_mixture(folder: Path, case: str, name: str, **settings: Any) -> None:
     passed(case)
 
 
-def check_coreset(folder: Path, case: str) -> None:
-    """The search is also compared with that of one process, by test_distributed.py."""
+def model_of_this_rank() -> torch.nn.Module:
+    """Of the ranks' models the first one's must count."""
     model = make_model("vit", dropout=0.2)
     with torch.no_grad():
-        model.classifier.weight.add_(int(os.environ["RANK"]))  # the first rank's model must count
-    trainer = run(folder / "on", "vit", CoresetConfig(**CORESET_ON), model=model)
+        model.classifier.weight.add_(int(os.environ.get("RANK", "0")))
+    return model
+
+
+def check_coreset(folder: Path, case: str, settings: dict[str, Any], fresh: bool = False) -> None:
+    """The search is also compared with that of one process, by test_distributed.py."""
+    given = {"trainer_kwargs": {"model_init": model_of_this_rank}} if fresh else {"model": model_of_this_rank()}
+    trainer = run(folder / "on", "vit", CoresetConfig(**settings), **given)
     subset = trainer.selected_subset()
     found = {"ids": subset.ids, "probabilities": subset.probabilities, "parameters": parameters_of(trainer)}
     for key, value in found.items():
         assert same_on_all(value), f"{case}: the ranks' {key} differ"
-    resumed = run(
-        folder / "resumed",
-        "vit",
-        CoresetConfig(**CORESET_ON),
-        resume=folder / "on" / "checkpoint-2",
-        model=make_model("vit", dropout=0.2),
-    )
+    checkpoint = folder / "on" / "checkpoint-2"
+    resumed = run(folder / "resumed", "vit", CoresetConfig(**settings), resume=checkpoint, **given)
     assert torch.equal(resumed.selected_subset().ids, subset.ids), f"{case}: the coreset was not kept"
     assert torch.equal(parameters_of(resumed), found["parameters"]), f"{case}: resumed differs"
     if dist.get_rank() == 0:
@@ -492,7 +505,8 @@ CASES: dict[str, Callable[[Path, str], None]] = {
     "mixture alignment": partial(
         check_mixture, name="llama", hypergradient="alignment", inner_steps=2, reference_steps="auto"
     ),
-    "coreset": check_coreset,
+    "coreset": partial(check_coreset, settings=CORESET_ON),
+    "coreset kernel": partial(check_coreset, settings=KERNEL_ON, fresh=True),
     "uneven": check_uneven,
     "disagreement": check_disagreement,
 }

@@ -16,10 +16,12 @@ from several_processes import (
     DEEPSPEED_CASES,
     GLOBAL_LEARNING_RATE,
     GLOBAL_RUNS,
+    KERNEL_ON,
     MIXTURE_ON,
     ON,
     SHARDED_CASES,
     TRAINERS,
+    model_of_this_rank,
     variables,
 )
 from tiny import make_dataset, make_model, make_trainer, parameters_of, wide_norms
@@ -96,19 +98,14 @@ def test_two_processes(tmp_path: Path) -> None:
     for case, expected in torch.load(tmp_path / "global.pt", weights_only=True).items():
         assert_one_process_is_the_same(case, expected, tmp_path)
     assert_other_numbers_of_processes(tmp_path)
-    one = make_trainer(
-        CoresetTrainer,
-        "vit",
-        tmp_path / "one process",
-        model=make_model("vit", dropout=0.2),
-        trainer_kwargs={
-            "target_dataset": make_dataset("vit", 10, seed=7),
-            "bilevel_config": CoresetConfig(**CORESET_ON),
-        },
-    ).search()
-    two = load_selected_subset(tmp_path / "coreset" / "subset")
-    assert torch.equal(one.ids, two.ids)
-    torch.testing.assert_close(one.probabilities, two.probabilities, rtol=0, atol=1e-5)
+    for case, settings in {"coreset": CORESET_ON, "coreset kernel": KERNEL_ON}.items():
+        given = {"target_dataset": make_dataset("vit", 10, seed=7), "bilevel_config": CoresetConfig(**settings)}
+        folder = tmp_path / "one process" / case
+        one = make_trainer(CoresetTrainer, "vit", folder, trainer_kwargs={"model_init": model_of_this_rank, **given})
+        two = load_selected_subset(tmp_path / case / "subset")
+        one = one.search()
+        assert torch.equal(one.ids, two.ids), case
+        torch.testing.assert_close(one.probabilities, two.probabilities, rtol=0, atol=1e-5)
 
 
 def assert_one_process_is_the_same(case: str, expected: dict[str, torch.Tensor], folder: Path) -> None:

@@ -122,7 +122,7 @@ def test_rules_of_other_libraries_smoke(script, tmp_path: Path) -> None:
     "tasks",
     [
         "clean,noise20,pairwise20,imbalance50,transfer,pixels",
-        "split,split_noise,permuted,permuted_noise,streaming,streaming_noise",
+        "split,split_noise,split_tenth,split_tenth_noise,permuted,permuted_noise,streaming,streaming_noise",
         "text",
     ],
 )

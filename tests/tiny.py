@@ -105,8 +105,9 @@ def make_trainer(
 ) -> Trainer:
     """Build a trainer on a fresh model; ``kwargs`` are training arguments."""
     torch.manual_seed(0)
+    makes_its_own = "model_init" in (trainer_kwargs or {})
     return trainer_class(
-        model=make_model(name, dropout) if model is None else model,
+        model=make_model(name, dropout) if model is None and not makes_its_own else model,
         args=arguments(output_dir, **kwargs),
         train_dataset=make_dataset(name, num_pool) if train_dataset is None else train_dataset,
         **(trainer_kwargs or {}),

@@ -11,7 +11,8 @@ wrong labels from right ones on seed 0, and for a network on seeds 0 and 1. Seed
 
 `bros` and `masoba` learn a weight for every sample, in subspaces and in full space; both take all candidates, and start with a
 fresh model after half of the steps, from the weights learned so far. `bros_network` and `masoba_network` learn a small network
-from a sample's loss to its weight (`upper_variable="network"`), in one go. `second_pass` and `second_pass_network` are plain
+from a sample's loss to its weight (`upper_variable="network"`), in one go; `bros_bfloat16` and `bros_network_bfloat16` keep the
+auxiliary variable in bfloat16. `second_pass` and `second_pass_network` are plain
 trainings from scratch on the pool weighted by what `bros` and `bros_network` have learned, with the weights fixed.
 
 Three accuracies per run: of the last weights (`accuracy`, the figure to quote), of an exponential average of the weights
@@ -47,8 +48,8 @@ from transformers import (
 from hf_bilevel import BladeConfig, BladeTrainer, BrosConfig, BrosTrainer, SampleWeights
 
 ARMS = (
-    *("all", "random", "loss", "static", "blade", "bros", "second_pass", "masoba"),
-    *("bros_network", "second_pass_network", "masoba_network", "clean"),
+    *("all", "random", "loss", "static", "blade", "bros", "second_pass", "bros_bfloat16", "masoba"),
+    *("bros_network", "second_pass_network", "bros_network_bfloat16", "masoba_network", "clean"),
 )
 CANDIDATES, RATIO = 256, 0.25
 BLADE = {
@@ -62,8 +63,10 @@ STATIC_STEPS = 300
 BROS = {"rank": 0.25, "target_batch_size": 200}
 BROS_ARMS = {
     "bros": {},
+    "bros_bfloat16": {"auxiliary_dtype": "bfloat16"},
     "masoba": {"rank": "full"},
     "bros_network": {"upper_variable": "network"},
+    "bros_network_bfloat16": {"upper_variable": "network", "auxiliary_dtype": "bfloat16"},
     "masoba_network": {"upper_variable": "network", "rank": "full"},
 }
 BROS_ROUNDS = {"table": 2, "network": 1}

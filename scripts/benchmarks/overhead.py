@@ -2,6 +2,7 @@
 
     python scripts/benchmarks/overhead.py --output scripts/benchmarks/results/overhead.json    # about 30 minutes, 1 thread
     python scripts/benchmarks/overhead.py --full_size --rounds 3 --output scripts/benchmarks/results/overhead_full_size.json  # as long
+    python scripts/benchmarks/overhead.py --models llama --output FILE    # which keeps its rows of other models
     python scripts/benchmarks/overhead.py --smoke
 
 The small models show what does not grow with the model; `--full_size` takes ViT-S on 64 patches and SmolLM2-135M instead, with
@@ -22,20 +23,24 @@ themselves costs as much whatever the batch. ``bros_every5`` moves the weights a
 ``sft`` is TRL's SFTTrainer on all candidates, which measures the accuracy and entropy of tokens besides, and ``blade_sft`` is
 ``blade_token`` as a mixin in front of it; both need TRL, and are left out without it. ``gradients`` selects the rows of ``blade_sample``
 by products of their gradients with the target's, as GREATS does (`peer_rules.py`); of the model only linear layers of blocks are trained.
+``interval`` scores the whole pool once in as many steps as a pass over it takes, and trains on as many rows as the plain Trainer, drawn
+from the half with the highest losses, as DataFlex does (`peer_rules.py`).
 """
 
 import argparse
 import copy
 import importlib.util
+import json
 import statistics
 import tempfile
 import time
 import warnings
 from collections import Counter
+from pathlib import Path
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from peer_rules import GradientProductTrainer
+from peer_rules import NUM_SCORED_TOGETHER, GradientProductTrainer, IntervalTrainer
 from report import mean_and_std, print_table, repeatable, write_report
 from tokenizers import Tokenizer, models
 from torch import nn
@@ -68,12 +73,13 @@ TRL = ("sft", "blade_sft") if importlib.util.find_spec("trl") else ()
 INNER_STEPS, REFERENCE_STEPS, NUM_DOMAINS = 49, 4, 4  # of MixtureTrainer, T and K by default for 400 steps
 MODELS = {
     "vit": ("off", "blade_sample", *BROS, "mixture"),
-    "llama": ("off", "blade_token", "blade_sample", *PHASES, *BROS, "mixture", "gradients", *TRL),
+    "llama": ("off", "blade_token", "blade_sample", *PHASES, *BROS, "mixture", "gradients", "interval", *TRL),
 }
 FULL_SIZE = {
     "vit_s": ("off", "blade_sample", "bros_rank48", "bros", "bros_every5"),
     "smollm2": ("blade_token", "blade_sample", "phase_target", "bros_rank48", "bros"),
 }
+BATCH = 8
 FULL_SIZE_BATCH = {"vit_s": 16, "smollm2": 4}
 TIMED_STEPS = {**dict.fromkeys(PHASES, 2), "bros_every5": 5, "mixture": INNER_STEPS}  # others: as many as the run says
 
@@ -93,6 +99,7 @@ CALLS = {
     "bros_every5": {"proxy train": 1 + 2 / 5},
     "masoba": {"proxy train": 2},
     "gradients": {"proxy train": 3},
+    "interval": {"proxy train": 1, "proxy score": BATCH / NUM_SCORED_TOGETHER},
     "mixture": {
         "proxy train": 1,
         "reference train": 2 * REFERENCE_STEPS / INNER_STEPS,
@@ -116,6 +123,7 @@ EQUIVALENTS = {
     "bros_every5": 3 * (1 + 2 / 5),
     "masoba": 2 * 3 + DOUBLE_BACKWARD["masoba"],
     "gradients": 3 * (1 + 1 + RATIO["blade_sample"]),
+    "interval": 3 + 1,
     "mixture": 3 + (6 * REFERENCE_STEPS + 2 * MixtureConfig.probe_batches) / INNER_STEPS,
 }
 EQUIVALENTS |= {
@@ -236,6 +244,13 @@ def make_trainer(
         trainer = GradientProductTrainer(RATIO["blade_sample"], data, model=trained, args=args, train_dataset=data)
         trainer.remove_callback(PrinterCallback)
         return trainer
+    if arm == "interval":
+        pool = data[: batch_size * steps]
+        trainer = IntervalTrainer(
+            RATIO["blade_sample"], steps, model=copy.deepcopy(model), args=args, train_dataset=pool
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
     ours = {} if arm == "plain" else {"target_dataset": data, "bilevel_config": configs[arm]}
     trainer_class = BladeTrainer
     if arm in ("plain", "mixture", "bros_rank48", *BROS):
@@ -326,8 +341,8 @@ def measure(
                     arm in PHASES
                 ):  # what a step that synchronises takes more than the one before it, per reference step
                     seconds[arm].append((times[1] - times[0]) / PHASE_STEPS)
-                else:  # one step of bros_every5, and a few of mixture, are not like the others
-                    mean = statistics.fmean if arm in ("bros_every5", "mixture") else statistics.median
+                else:  # one step of bros_every5 and of interval, and a few of mixture, are not like the others
+                    mean = statistics.fmean if arm in ("bros_every5", "mixture", "interval") else statistics.median
                     seconds[arm].append(mean(times))
                 after = statistics.median(train(trainers["plain"]))
                 ratios[arm].append(seconds[arm][-1] / ((before + after) / 2))
@@ -387,25 +402,36 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--full_size", action="store_true", help="ViT-S and SmolLM2-135M, instead of small models")
     parser.add_argument("--seeds", type=int, default=1, help="repetitions with other weights and data")
     parser.add_argument("--rounds", type=int, help="alternations of the arms for each seed; 10, or 2 with --smoke")
-    parser.add_argument("--output", help="JSON file to write")
+    parser.add_argument("--models", nargs="+", choices=[*MODELS, *FULL_SIZE], help="all of this size by default")
+    parser.add_argument("--output", help="JSON file to write; one there keeps its rows of other models")
     options = parser.parse_args(argv)
+    arms_of = FULL_SIZE if options.full_size else MODELS
+    names = options.models or list(arms_of)
+    if not set(names) <= set(arms_of):
+        size = "with" if options.full_size else "without"
+        parser.error(f"--models {' '.join(names)}: {size} --full_size choose of {', '.join(arms_of)}.")
     rounds = options.rounds or (2 if options.smoke else 10)
     steps = 2 if options.smoke else 1 if options.full_size else 4
-    batch_sizes = FULL_SIZE_BATCH if options.full_size else dict.fromkeys(MODELS, 8)
+    batch_sizes = FULL_SIZE_BATCH if options.full_size else dict.fromkeys(MODELS, BATCH)
     if options.smoke:
         batch_sizes = dict.fromkeys(batch_sizes, 4)
     warnings.filterwarnings("ignore", "The subspaces of")  # of so short a run cover little
     with repeatable():
-        rows, targets = [], FULL_SIZE_TARGETS if options.full_size else TARGETS
+        rows, rounds_of, targets = [], {}, FULL_SIZE_TARGETS if options.full_size else TARGETS
+        if options.output is not None and Path(options.output).exists():
+            before = json.loads(Path(options.output).read_text(encoding="utf-8"))
+            rows = [row for row in before["rows"] if row["model"] not in names]
+            rounds_of = {row["model"]: len(row["ratios"]) for row in rows}
         for seed in range(options.seeds):
-            for name, arms in (FULL_SIZE if options.full_size else MODELS).items():
+            for name in names:
+                arms, rounds_of[name] = arms_of[name], rounds
                 settings = steps, rounds, options.smoke
                 rows += measure(name, ("plain", *arms), seed, batch_sizes[name], *settings)
                 if not options.full_size:
                     large = measure(name, ("plain", "bros"), seed, LARGE * batch_sizes[name], *settings)
                     rows += [row | {"arm": f"{row['arm']}_large"} for row in large]
         config = {
-            **{"smoke": options.smoke, "full_size": options.full_size, "seeds": options.seeds, "rounds": rounds},
+            **{"smoke": options.smoke, "full_size": options.full_size, "seeds": options.seeds, "rounds": rounds_of},
             **{"timed_steps": steps, "batch_sizes": batch_sizes, "selection_ratio": RATIO, "threads": 1},
             "reference_steps_per_step": {"published": SHARE, "auto": AUTO_SHARE},
             "targets": targets,
@@ -430,6 +456,8 @@ def main(argv: list[str] | None = None) -> dict:
         ],
     )
     for name, target in targets.items():
+        if name not in summary:  # of a model that is neither run nor in the file
+            continue
         print(
             f"{name} {summary[name]:.3f}, target of the full run {target:.3f}: {'met' if summary[name] <= target else 'MISSED'}"
         )

@@ -21,9 +21,11 @@ NOISY_ARMS = {
     "blade": "**BLADE**",
     "bros": "BROS, a weight for each sample: the model of the first pass",
     "second_pass": "... second pass with the learned weights",
+    "bros_bfloat16": '... `auxiliary_dtype="bfloat16"`, first pass',
     "masoba": '... MA-SOBA (`rank="full"`), first pass',
     "bros_network": 'BROS, a network from loss to weight (`upper_variable="network"`): first pass',
     "second_pass_network": "**... second pass** with the learned weights",
+    "bros_network_bfloat16": '... `auxiliary_dtype="bfloat16"`, first pass',
     "masoba_network": "... MA-SOBA, first pass",
     "clean": "correct labels only (upper bound)",
 }
@@ -38,6 +40,7 @@ OVERHEAD_ARMS = {
     "llama/blade_sample": "Llama, sample level, ratio 0.5",
     "vit/blade_sample": "ViT, sample level, ratio 0.5",
     "llama/gradients": "Llama, rows chosen by products of gradients (GREATS, first order), ratio 0.5",
+    "llama/interval": "Llama, rows with high losses, the pool scored once a pass over it (DataFlex)",
     "llama/bros": "Llama, BROS",
     "vit/bros": "ViT, BROS",
     "llama/bros_large": "Llama, BROS, 32 rows instead of 8",
@@ -214,8 +217,14 @@ def noisy_labels() -> str:
     ]
     if "auroc/bros" in summary:
         equal = [row for row in report["rows"] if row["arm"] == "masoba_network" and row["weight_wrong"] > 0.9]
-        names = {"bros_network": "BROS with a network", "masoba_network": "MA-SOBA with a network"}
-        names |= {"bros": "BROS with a table", "masoba": "MA-SOBA with a table"}
+        names = {
+            "bros_network": "BROS with a network",
+            "bros_network_bfloat16": "... auxiliary in bfloat16",
+            "masoba_network": "MA-SOBA with a network",
+            "bros": "BROS with a table",
+            "bros_bfloat16": "... auxiliary in bfloat16",
+            "masoba": "MA-SOBA with a table",
+        }
         lines += [
             "",
             "How well wrong labels are found:",
@@ -319,9 +328,11 @@ def lm_eval() -> str:
 
 
 def overhead() -> str:
-    lines = ["| | seconds, ratio to `Trainer` | limit by counting passes |", "|---|---|---|"]
+    lines, rounds = ["| | seconds, ratio to `Trainer` | limit by counting passes |", "|---|---|---|"], set()
     for name, arms in {"overhead_full_size": FULL_SIZE_ARMS, "overhead": OVERHEAD_ARMS}.items():
-        summary = load(name)["summary"]
+        report = load(name)
+        summary = report["summary"]
+        rounds |= {len(row["ratios"]) for row in report["rows"]}
         for key, title in arms.items():
             if f"step_ratio/{key}" not in summary:
                 continue
@@ -341,7 +352,8 @@ def overhead() -> str:
         "",
         f"Scoring 8 × 1,024 tokens at a vocabulary of 49,152 takes {100 * memory['scoring_over_naive']:.0f} % of the peak "
         "memory of computing all logits. ViT-S takes 16 rows, SmolLM2-135M 4 of 256 tokens, both with random weights "
-        "(`overhead_full_size.json`); the other ViT and Llama are small, with 8 rows (`overhead.json`). Medians of three rounds "
+        "(`overhead_full_size.json`); the other ViT and Llama are small, with 8 rows (`overhead.json`). Medians of "
+        f"{' to '.join(map(str, sorted({min(rounds), max(rounds)})))} rounds "
         "that take turns with the `Trainer`, ± their standard deviation, one seed. For products of gradients only the linear layers "
         "of the blocks are trained. Scoring is from `memory.json`.",
     ]
