@@ -106,6 +106,8 @@ CORESET_TASKS = {
     "transfer": "1,000 digits, another net",
     "split": "SplitMNIST",
     "split_noise": "... 20 % wrong labels",
+    "split_tenth": "SplitMNIST, a tenth kept",
+    "split_tenth_noise": "... 20 % wrong labels",
     "permuted": "PermMNIST",
     "permuted_noise": "... 20 % wrong labels",
     "streaming": "stream",
@@ -233,6 +235,8 @@ def noisy_labels() -> str:
             "|---|---|---|---|",
         ]
         for arm, name in names.items():
+            if f"auroc/{arm}" not in summary:
+                continue
             weights = [plus_minus(summary, f"weight_{kind}/{arm}", digits=3) for kind in ("wrong", "right")]
             lines.append(f"| {name} | {plus_minus(summary, f'auroc/{arm}', digits=3)} | {' | '.join(weights)} |")
         lines += [
@@ -666,7 +670,16 @@ def coreset() -> str:
 def coresets() -> str:
     groups = (
         ("clean", "noise20", "pairwise20", "imbalance50", "transfer"),
-        ("split", "split_noise", "permuted", "permuted_noise", "streaming", "streaming_noise"),
+        (
+            "split",
+            "split_noise",
+            "split_tenth",
+            "split_tenth_noise",
+            "permuted",
+            "permuted_noise",
+            "streaming",
+            "streaming_noise",
+        ),
         ("pixels", "text"),
     )
     tables = [lines for group in groups if (lines := coreset_lines(group))]
