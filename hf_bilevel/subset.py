@@ -102,6 +102,10 @@ class SelectedSubset:
             raise ValueError(f"`facts` must be a dict, got {self.facts!r:.200}.")
         for name, values in self._columns().items():
             kind = _COLUMNS[name][1]
+            if not isinstance(values, Tensor):
+                raise ValueError(
+                    f"`{name}` must be a tensor of {kind}, got {type(values).__name__}. Use `torch.tensor`."
+                )
             if values.dtype != torch.int64 if kind == "int64" else not values.is_floating_point():
                 raise ValueError(f"`{name}` must be of {kind}, got {values.dtype}.")
         if self.ids.ndim != 1 or len(self.ids.unique()) != len(self.ids):

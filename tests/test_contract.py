@@ -169,6 +169,24 @@ def test_streaming(method: str, name: str, tmp_path: Path) -> None:
     assert_same(*(bilevel_state(tmp_path / run_name / "checkpoint-6") for run_name in ("whole", "resumed")))
 
 
+def test_a_stream_is_resumed_in_a_later_pass(method: str, name: str, tmp_path: Path) -> None:
+    if METHODS[method].stream is None:
+        return  # refused, see test_streaming
+    accumulation = 2 if name == "vit" else 1
+    settings = {"max_steps": 13 // accumulation, "save_strategy": "steps", "save_steps": 1}
+    settings |= {"gradient_accumulation_steps": accumulation, "settings": METHODS[method].stream}
+
+    def stream() -> Any:
+        rows = make_dataset(name, 40).to_iterable_dataset(num_shards=4)  # 5 batches a pass
+        return rows.shuffle(seed=1, buffer_size=8)  # in another order in each
+
+    whole = run(build(method, name, tmp_path / "whole", train_dataset=stream(), **settings))
+    for step in (5, 6, 9, 11):
+        resumed = build(method, name, tmp_path / "resumed", train_dataset=stream(), **settings)
+        checkpoint = tmp_path / "whole" / f"checkpoint-{step // accumulation}"
+        assert torch.equal(run(resumed, resume_from_checkpoint=str(checkpoint)), whole), step
+
+
 def test_evaluation_is_untouched(method: str, name: str, tmp_path: Path) -> None:
     held_out = make_dataset(name, 20, seed=5)
     plain = make_trainer(Trainer, name, tmp_path)

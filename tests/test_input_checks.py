@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from test_contract import METHODS, build
+from tiny import make_dataset
 
 
 @pytest.mark.parametrize("method, settings", [*((m, {}) for m in METHODS), ("blade", {"granularity": "sample"})])
@@ -36,3 +37,33 @@ def needs_tokens(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         "input_ids": torch.tensor([row["input_ids"] for row in rows]),
         "labels": torch.tensor([row["labels"] for row in rows]),
     }
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["train_dataset", "target_dataset"])
+def test_several_splits_are_refused(method: str, name: str, tmp_path: Path) -> None:
+    splits = DatasetDict({"train": make_dataset("llama", 8), "test": make_dataset("llama", 8)})
+    given = {"train_dataset": splits} if name == "train_dataset" else {"trainer_kwargs": {"target_dataset": splits}}
+    if (method, name) == ("mixture", "train_dataset"):
+        given["trainer_kwargs"] = {"target_dataset": make_dataset("llama", 8).remove_columns("source")}
+        settings = {"domain_column": None}
+        trainer = build(method, "llama", tmp_path, settings=settings, **given)  # they are domains there
+        assert trainer.domain_names == ["train", "test"]
+        return
+    with pytest.raises(ValueError, match=rf"`{name}` holds several datasets, \['train', 'test'\]. Pass one of them"):
+        build(method, "llama", tmp_path, **given)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_empty_pool_is_said(method: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="empty|larger than|must be smaller"):
+        build(method, "llama", tmp_path, train_dataset=make_dataset("llama", 8).select([]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_batches_that_are_no_dicts_are_said(method: str, tmp_path: Path) -> None:
+    def keep(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return rows
+
+    with pytest.raises(ValueError, match="The collator makes a list of samples of `(target|train)_dataset`"):
+        build(method, "llama", tmp_path, trainer_kwargs={"data_collator": keep})

@@ -168,6 +168,13 @@ def test_configs_share_no_name_with_training_arguments(script, recipe: str) -> N
     assert bros == BrosConfig(start_step=3)
 
 
+def test_what_yaml_reads_as_false_is_a_strategy(script, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("save_strategy: no\neval_strategy: no\nload_best_model_at_end: no\n")
+    (args,) = script("recipe").parse(TrainingArguments, argv=[str(recipe)])
+    assert (args.save_strategy, args.eval_strategy, args.load_best_model_at_end) == ("no", "no", False)
+
+
 @pytest.mark.parametrize(
     ("text", "argv", "message"),
     [

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -103,6 +104,14 @@ HALF = torch.tensor([0.5, 0.5])
 def test_rejects(ids: Any, columns: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SelectedSubset(torch.tensor(ids), 5, **columns)
+
+
+@pytest.mark.parametrize("ids", [[0, 1], np.array([0, 1])])
+def test_ids_that_are_no_tensor(ids: Any) -> None:
+    with pytest.raises(
+        ValueError, match=f"`ids` must be a tensor of int64, got {type(ids).__name__}. Use `torch.tensor`"
+    ):
+        SelectedSubset(ids, 5)
 
 
 def test_another_dataset_is_noticed() -> None:

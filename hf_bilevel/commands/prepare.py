@@ -39,6 +39,20 @@ RESERVED = (  # columns of encoded rows
     HAS_LABELS,
 )
 
+NUMBERED_FROM_PADDING = {  # models whose first position is the one behind the padding's id
+    *(
+        "roberta",
+        "roberta-prelayernorm",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+        "camembert",
+        "data2vec-text",
+        "ibert",
+    ),
+    *("longformer", "mpnet", "luke", "lilt", "markuplm", "esm"),
+}
+
 
 @dataclass
 class PreparedData:
@@ -101,7 +115,7 @@ def prepare(
         parts = {name: _with_pixels(part, name, data, processor, config, ids[name]) for name, part in parts.items()}
         return PreparedData(parts, rows, collate_images, names)
     _check_tokenizer(processor, task)
-    max_length = min(data.max_length, getattr(config, "max_position_embeddings", None) or data.max_length)
+    max_length = min(data.max_length, _num_positions(processor, config) or data.max_length)
     options = {"tokenizer": processor, "column": next(iter(wanted.values())), "max_length": max_length}
     if "messages_column" in wanted:
         check_template(processor, options["column"])
@@ -175,6 +189,15 @@ def _check_domain_column(pool: AnyDataset, column: str, task: str) -> None:
     feature = None if pool.features is None else pool.features[column]
     if feature is not None and not isinstance(feature, (datasets.Value, datasets.ClassLabel)):
         raise ValueError(f"`domain_column: {column}` must hold names or integers 0..D-1, and holds {feature!s:.200}.")
+
+
+def _num_positions(tokenizer: PreTrainedTokenizerBase, config: Any) -> int | None:
+    """Tell how many tokens the model takes: RoBERTa and those after it number them from behind the padding's id."""
+    num = getattr(config, "max_position_embeddings", None)
+    if num is None or config.model_type not in NUMBERED_FROM_PADDING:
+        return num
+    padding = config.pad_token_id if config.pad_token_id is not None else tokenizer.pad_token_id
+    return num - padding - 1
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, task: str) -> None:

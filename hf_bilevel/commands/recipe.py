@@ -77,6 +77,8 @@ def parse(*classes: type, argv: list[str] | None = None, prog: str | None = None
         for name in values:
             if name not in names:
                 parser.error(f"the recipe {recipe} has an unknown field `{str(name):.200}`.{nearest(name, names)}")
+        for name in [name for name, value in values.items() if value is False and name.endswith("_strategy")]:
+            values[name] = "no"  # what YAML reads as False
         parser.set_defaults(**values)  # argparse converts what is a string, as on the command line
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:

@@ -238,6 +238,11 @@ class BilevelMixin(CheckpointMixin):
 
     def _prepare_pool(self) -> None:
         """Check the setup and read the domains; again at the start of training if the dataset was replaced."""
+        for name, dataset in {"train_dataset": self.train_dataset, "target_dataset": self.target_dataset}.items():
+            if isinstance(dataset, Mapping):
+                raise ValueError(
+                    f"`{name}` holds several datasets, {list(dataset)[:5]}. Pass one of them, for instance the first."
+                )
         # Items are read, and a user's augmentation must not draw from the global generators for it.
         with private_randomness(derive_seed(self._seed), self.args.device):
             self._check_bilevel_setup()
@@ -350,6 +355,8 @@ class BilevelMixin(CheckpointMixin):
             )
         if len(target) == 0:
             raise ValueError("`target_dataset` is empty. Pass at least one sample; a few hundred are usual.")
+        if not self._is_stream and len(self.train_dataset) == 0:
+            raise ValueError("`train_dataset` is empty.")
         first = next(iter(self.train_dataset)) if self._is_stream else self.train_dataset[0]
         pool_columns = self._model_inputs(first)
         try:
@@ -396,6 +403,11 @@ class BilevelMixin(CheckpointMixin):
                     "(for SFTTrainer `padding_free=False` and no packing)."
                 )
             if labels is None and self.compute_sample_losses is None:
+                if not isinstance(batch, Mapping):
+                    raise ValueError(
+                        f"The collator makes a {type(batch).__name__} of samples of `{name}`, whose losses cannot be read. Make a dict "
+                        "with `labels`, or pass `compute_sample_losses=`, (model, batch) -> losses of shape (n,)."
+                    )
                 raise ValueError(
                     f"`{name}` gives batches without `labels`; they hold {sorted(batch)}. Add a column `labels`, or for "
                     "language models the collator `DataCollatorForLanguageModeling(tokenizer, mlm=False)`."

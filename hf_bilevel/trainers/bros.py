@@ -58,6 +58,7 @@ _NOTES = (
     "weight_mean",
     "weight_std",
 )
+_KEPT = ("upper_variable", "rank", "modules", "rest")  # settings that a run is resumed with
 _BASIS, _OTHER_BASIS, _SIGNS, _ROUNDING, _UPPER, _TARGET = range(6)  # tell seeds apart
 
 
@@ -324,6 +325,11 @@ class BrosMixin(BilevelMixin):
                     f"{name} weights the losses of single samples, so {other} would not be called. Pass "
                     "`compute_sample_losses=`, (model, batch) -> losses of shape (n,), that computes the same loss."
                 )
+        if other := self._step_of_its_own():
+            raise ValueError(
+                f"{name} computes the gradients of a step itself, so `{other}.training_step` would not be called. Put what it does "
+                "into a class in front of the mixin, or into a callback."
+            )
         if self.args.fp16:
             raise ValueError(f"{name} is not tested with fp16. Use `bf16=True`, or neither.")
         if self.args.torch_compile:
@@ -365,6 +371,12 @@ class BrosMixin(BilevelMixin):
                 "Reentrant checkpointing works with `.backward()` only. Drop `use_reentrant=True` from "
                 "`activation_checkpointing_kwargs`; the default works."
             )
+
+    def _step_of_its_own(self) -> str | None:
+        """Name a class behind the mixin whose steps would be left out; TRL's only say where activations are kept."""
+        behind = type(self).__mro__[type(self).__mro__.index(BrosMixin) + 1 :]
+        owner = next(parent for parent in behind if "training_step" in vars(parent))
+        return None if owner is Trainer or owner.__module__.startswith("trl.") else owner.__name__
 
     def _check_given_weights(self) -> None:
         kind = self.bilevel_config.upper_variable
@@ -505,8 +517,8 @@ class BrosMixin(BilevelMixin):
         hidden = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
         for parameter in hidden:
             parameter.requires_grad_(False)
-        try:
-            optimizer = super().create_optimizer(model)
+        try:  # a user's own may take no argument, as the Trainer gives it none
+            optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
         finally:
             for parameter in hidden:
                 parameter.requires_grad_(True)
@@ -515,6 +527,16 @@ class BrosMixin(BilevelMixin):
             optimizer.add_param_group({"params": leaves, "weight_decay": self.args.weight_decay})
             optimizer.register_step_post_hook(self._merge_step)
         return optimizer
+
+    def _check_what_the_optimizer_steps_on(self) -> None:
+        stepped = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        if any(id(self.blocks.leaves[i]) not in stepped for i in self.blocks.projected):
+            raise ValueError(
+                "The optimizer does not step on the coordinates in the subspaces, so the projected layers would never be "
+                f"trained: `{type(self).__name__}` makes it without `BrosMixin.create_optimizer`. Call "
+                "`super().create_optimizer()` and change its `param_groups`, or put the class that makes it behind the mixin, "
+                "`class Mine(BrosMixin, YourTrainer)`."
+            )
 
     def _merge_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         leaf = self.blocks.leaves[self.blocks.projected[0]]
@@ -541,6 +563,7 @@ class BrosMixin(BilevelMixin):
         blocks, (period, place) = self.blocks, divmod(self.state.global_step, self.refresh_steps)
         if blocks.projected and (place == 0 or blocks.bases[blocks.projected[0]] is None):
             if blocks.bases[blocks.projected[0]] is None:
+                self._check_what_the_optimizer_steps_on()
                 self._warn_about_coverage()
             blocks.bases = blocks.draw(derive_seed(self._seed, _BASIS, period))
             if place == 0:
@@ -804,6 +827,18 @@ class BrosMixin(BilevelMixin):
         if not self._learns():
             return {}
         return {"sums": self._sums.cpu(), "target_position": self._target_loader.position}
+
+    def _check_resumed(self, checkpoint: str, state: dict[str, Any]) -> None:
+        now = self.bilevel_config.to_dict()
+        changed = [name for name in _KEPT if state["config"].get(name) != now[name]]
+        if changed:
+            before, now = (
+                ", ".join(f"{name}={source.get(name)!r}" for name in changed) for source in (state["config"], now)
+            )
+            raise ValueError(
+                f"`{checkpoint}` is of a run with {before}, this one has {now}, which its state does not fit. Resume with the same "
+                "settings, or start a new run from the checkpoint's weights, if need be with `sample_weights=`."
+            )
 
     def _load_state(self, shared: dict[str, Any], rank: dict[str, Any]) -> None:
         if not self._learns():

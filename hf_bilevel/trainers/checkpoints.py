@@ -248,10 +248,13 @@ class CheckpointMixin:
     # Resuming -------------------------------------------------------------------------------------------------------
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        is_off, state = self._is_off(), None
+        if checkpoint is not None and (not is_off or (Path(checkpoint) / STATE_NAME).is_file()):
+            state = self._resumed_state if self._resumed_state is not None else self._read_state(checkpoint)
+            self._check_resumed(checkpoint, state)
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or self._is_off():
+        if state is None or is_off:
             return
-        state = self._resumed_state if self._resumed_state is not None else self._read_state(checkpoint)
         self._check_data(checkpoint, state.get("data", {}))
         self._say_what_changed(state["config"])
         if (before := state.get("versions", versions())) != versions():
@@ -265,6 +268,11 @@ class CheckpointMixin:
         # A run that was killed after its last checkpoint is over. Where ``max_steps`` ends within an epoch, transformers 5.23
         # would take one step more.
         begins_at = super()._init_training_state(max_steps, num_update_steps, num_epochs, *args)
+        if self.state.global_step and not self._is_off() and not hasattr(self.train_dataset, "__len__"):
+            # A stream: upstream counts one epoch of ``max_steps``, and would skip more batches than a pass has.
+            passes, share = divmod(self.state.epoch, 1)
+            in_pass = round(share * num_update_steps * self.args.gradient_accumulation_steps)
+            begins_at = int(passes), 0 if self.args.ignore_data_skip else in_pass
         is_over = self.state.global_step >= self.state.max_steps and not self._is_off()
         return (num_epochs, 0) if is_over else begins_at
 
@@ -278,6 +286,9 @@ class CheckpointMixin:
                     "run from the checkpoint's weights."
                 )
             logger.warning("`%s` changed since the checkpoint: %s, now %s.", name, before[name], now[name])
+
+    def _check_resumed(self, checkpoint: str, state: dict[str, Any]) -> None:
+        """Refuse the state of a run that this one cannot continue, before anything is loaded."""
 
     def _say_what_changed(self, config_before: dict[str, Any]) -> None:
         config = self.bilevel_config.to_dict()

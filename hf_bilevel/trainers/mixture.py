@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import math
 import os
 import warnings
@@ -67,6 +68,8 @@ _PAPERS = {
         "unrolled finite inner steps, Das, Patel, Razaviyayn, Mirrokni, [arXiv 2602.19510](https://arxiv.org/abs/2602.19510)."
     ),
 }
+
+logger = logging.getLogger(__name__)
 
 _UPDATE, _DRAWS, _PROBE, _TARGET, _SUBSET = range(10, 15)  # tell seeds apart
 
@@ -1003,6 +1006,21 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
         state["tape"] = [gathered([_plain_tape(batch) for batch in entry["batches"]]) for entry in self._tape]
         return state
 
+    def _check_resumed(self, checkpoint: str, state: dict[str, Any]) -> None:
+        if not self._learns():
+            return
+        before, now = state["config"]["hypergradient"], self.bilevel_config.hypergradient
+        if "target_position" not in state["shared"] or before != now:
+            learned = (
+                f"learned with `hypergradient={before!r}`"
+                if "target_position" in state["shared"]
+                else "with a fixed mixture"
+            )
+            raise ValueError(
+                f"`{checkpoint}` is of a run {learned}; this one learns with `hypergradient={now!r}`, of which it has no state. Resume "
+                "with the same settings, or start a new run from the checkpoint's weights."
+            )
+
     def _load_state(self, shared: dict[str, Any], rank: dict[str, Any]) -> None:
         self._domains.load_state_dict(shared["domains"])
         self._trajectory = [(step, list(weights)) for step, weights in shared["trajectory"]]
@@ -1011,6 +1029,7 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
         if self._draws is not None and shared["draws"] is not None:
             self._draws.load_state_dict(shared["draws"])
         if not self._learns():
+            self._keep_fixed_weights()
             return
         self._target_loader.position = shared["target_position"]
         self._load_reference_state(shared["reference"], rank)
@@ -1020,6 +1039,20 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
             {**entry, "batches": [_tape_from(batch) for batch in batches]}
             for entry, batches in zip(shared["tape"], rank.get("tape", []), strict=True)
         ]
+
+    def _keep_fixed_weights(self) -> None:
+        """Go on with the mixture that this run was given, where the checkpoint has another."""
+        fixed, before = self._fixed_weights(), self._domains.weights
+        if torch.allclose(fixed, before, rtol=0, atol=1e-9):
+            return
+        logger.warning(
+            "The mixture changed since the checkpoint: %s, now %s.", self._named(before), self._named(fixed)
+        )
+        config = self.bilevel_config
+        self._domains = DomainWeights(fixed, config.update_rule, config.smoothing, config.min_weight)
+        self._trajectory.append((self.state.global_step, fixed.tolist()))
+        if self._draws is not None and not self._weights_losses():
+            self._draws.set_probabilities(fixed)
 
     def _bilevel_metrics(self) -> dict[str, float]:
         names = list(map(str, self.domain_names))

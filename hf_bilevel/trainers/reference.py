@@ -219,11 +219,17 @@ class ReferenceMixin(BilevelMixin):
 
     def _fresh_optimizer(self, reference: nn.Module) -> torch.optim.Optimizer:
         """Build an optimizer as the Trainer (or a subclass of it) builds its own."""
-        own, self.optimizer = self.optimizer, None
+        own, self.optimizer, self.model = (self.optimizer, self.model), None, reference
         try:
-            optimizer = self.create_optimizer(reference)
+            optimizer = self.create_optimizer()  # as the Trainer calls it: a user's own may take no argument
         finally:
-            self.optimizer = own
+            self.optimizer, self.model = own
+        parameters = {id(parameter) for parameter in reference.parameters()}
+        if any(id(parameter) not in parameters for group in optimizer.param_groups for parameter in group["params"]):
+            raise ValueError(
+                f"`{type(self).__name__}.create_optimizer` makes an optimizer of other parameters than the reference's, which would "
+                "never be trained. Take them from `self.model`, which is the reference while its optimizer is made."
+            )
         if callable(getattr(optimizer, "train", None)):  # schedule-free optimizers
             optimizer.train()
         return optimizer

@@ -246,6 +246,12 @@ def check_adapter(model: Any) -> None:
             f"A dynamic reference is a second adapter, which is supported for LoRA, got {config.peft_type.value}. Use LoRA, "
             "or `reference='static'` with a `reference_model`."
         )
+    if config.bias != "none" or getattr(config, "layer_replication", None):
+        given = f"bias={config.bias!r}" if config.bias != "none" else "layer_replication"
+        raise ValueError(
+            f"A dynamic reference is a second adapter, which PEFT does not add beside one with `{given}`. Leave it out, or use "
+            "`reference='static'` with a `reference_model`."
+        )
     others = [name for name, p in model.named_parameters() if p.requires_grad and f".{active[0]}" not in name]
     if config.modules_to_save or others:
         named = list(config.modules_to_save or others[:3])

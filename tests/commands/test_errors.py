@@ -163,6 +163,14 @@ def test_a_label_that_the_pool_does_not_have(no_model, tiny, data, common, tmp_p
     assert "Do you mean `good`?" in message
 
 
+def test_numbers_beside_labels_with_names(no_model, tiny, data, common, tmp_path: Path) -> None:
+    path = tmp_path / "target.jsonl"
+    path.write_text('{"text": "a", "label": 0}\n')
+    argv = ["--model", tiny["bert"], "--task", "sequence_classification", "--train_dataset", data["pool.jsonl"]]
+    message = message_of(["bros", *argv, "--target_dataset", str(path), *common])
+    assert "`target_dataset` has the label 0 in `label`; those of `train_dataset` are bad, good, neither." in message
+
+
 def test_labels_that_are_no_images(no_model, tiny, data, common) -> None:
     argv = ["--model", tiny["vit"], "--task", "image_classification", "--train_dataset", data["pool.jsonl"]]
     message = message_of(["bros", *argv, "--image_column", "text", "--target_size", "5", *common])

@@ -3,7 +3,16 @@
 import datasets
 import numpy as np
 import pytest
-from transformers import LlamaConfig
+import torch
+from transformers import (
+    AutoModel,
+    EsmConfig,
+    LlamaConfig,
+    LongformerConfig,
+    MPNetConfig,
+    RobertaConfig,
+    XLMRobertaConfig,
+)
 
 from commands.byte_tokenizer import CHAT_TEMPLATE, byte_tokenizer
 from hf_bilevel.commands.arguments import DataArguments
@@ -66,10 +75,10 @@ def test_a_template_that_refuses_a_role() -> None:
         encode_chats({"messages": [CHAT]}, byte_tokenizer(strict), "messages", max_length=100)
 
 
-def prepared(rows: list[dict], domain_column: str | None = None, task: str = "causal_lm", **settings):
+def prepared(rows: list[dict], domain_column: str | None = None, task: str = "causal_lm", config=None, **settings):
     part = datasets.Dataset.from_list(rows)
     data = DataArguments(train_dataset="pool.jsonl", **settings)
-    config = LlamaConfig(max_position_embeddings=16)
+    config = LlamaConfig(max_position_embeddings=16) if config is None else config
     numbers = np.arange(len(part)) + 100
     return prepare({"train": part}, numbers, task, data, byte_tokenizer(CHAT_TEMPLATE), config, domain_column)
 
@@ -82,6 +91,24 @@ def test_texts_end_and_are_cut_at_what_the_model_can_read() -> None:
     assert [row[-1] == end for row in rows] == [True, False, True]
     # In the empty text there is nothing to learn: it is left out, and the others keep their numbers.
     assert data.num_dropped == {"train": 1} and data.rows.tolist() == [100, 101, 103]
+
+
+@pytest.mark.parametrize("config_class", [RobertaConfig, XLMRobertaConfig, MPNetConfig, LongformerConfig, EsmConfig])
+def test_positions_behind_the_paddings_id(config_class) -> None:
+    size = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 260,
+    }
+    config = config_class(max_position_embeddings=32, pad_token_id=1, **size)
+    row = prepared([{"text": "a" * 40}], config=config).parts["train"]["input_ids"][0]
+    assert len(row) == 30
+    model = AutoModel.from_config(config)
+    model(input_ids=torch.tensor([row]))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.tensor([[*row, 97]]))
 
 
 def test_texts_are_packed_within_their_domain() -> None:

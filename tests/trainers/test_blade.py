@@ -628,6 +628,7 @@ def test_peft_off_checkpointing_and_best_model(tmp_path: Path) -> None:
         (lambda: lora("vit", modules_to_save=["classifier"]), r"trains more than LoRA matrices \(\['classifier'\]\)"),
         (lambda: _two_adapters(), "must have one active adapter"),
         (lambda: _prompt_tuned(), "supported for LoRA, got PROMPT_TUNING"),
+        (lambda: lora("llama", bias="lora_only"), "does not add beside one with `bias='lora_only'`"),
     ],
 )
 def test_peft_refusals(make: Any, message: str, tmp_path: Path) -> None:

@@ -973,6 +973,52 @@ def test_wrong_labels_get_smaller_weights(settings: dict, tmp_path: Path) -> Non
     assert weights[wrong].mean() < weights[~wrong].mean() - 0.1
 
 
+# What a user writes around it -------------------------------------------------------------------------------------------
+
+
+class OwnOptimizer(Trainer):
+    def create_optimizer(self) -> torch.optim.Optimizer:  # without the argument, as users of the Trainer write it
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=self.args.learning_rate)
+        return self.optimizer
+
+
+def test_an_optimizer_of_the_users_own_behind_the_mixin(tmp_path: Path) -> None:
+    class Mine(BrosMixin, OwnOptimizer):
+        pass
+
+    trainer = train("llama", tmp_path, {"rank": 0.5}, trainer_class=Mine)
+    usual = train("llama", tmp_path, {"rank": 0.5}, optim="sgd")
+    assert torch.equal(parameters_of(trainer), parameters_of(usual))
+
+
+def test_an_optimizer_without_the_subspaces_is_refused(tmp_path: Path) -> None:
+    class Mine(OwnOptimizer, BrosTrainer):
+        pass
+
+    with pytest.raises(ValueError, match="projected layers would never be trained: `Mine` makes it without"):
+        train("llama", tmp_path, {"rank": 0.5}, trainer_class=Mine)
+    assert train("llama", tmp_path, {"rank": "full"}, trainer_class=Mine).state.global_step == 6
+
+
+class OwnStep(Trainer):
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.num_steps = getattr(self, "num_steps", 0) + 1
+        return super().training_step(*args, **kwargs)
+
+
+def test_a_training_step_behind_the_mixin_would_not_be_called(tmp_path: Path) -> None:
+    class Behind(BrosMixin, OwnStep):
+        pass
+
+    class InFront(OwnStep, BrosTrainer):
+        pass
+
+    with pytest.raises(ValueError, match="`OwnStep.training_step` would not be called"):
+        build("vit", tmp_path, trainer_class=Behind)
+    assert train("vit", tmp_path, trainer_class=InFront).num_steps == 6
+    assert train("vit", tmp_path, {"upper_variable": "fixed", "rank": "full"}, trainer_class=Behind).num_steps == 6
+
+
 # State ----------------------------------------------------------------------------------------------------------------
 
 
@@ -980,13 +1026,30 @@ def saved_run(folder: Path, settings: dict[str, Any], resume: Path | None = None
     return train(
         "vit",
         folder,
-        {"rank": 0.5, "refresh_steps": 3, **settings},
+        {"rank": 0.5, **({} if settings.get("rank") == "full" else {"refresh_steps": 3}), **settings},
         save_strategy="steps",
         save_steps=2,
         dropout=0.1,
         resume_from_checkpoint=None if resume is None else str(resume),
         **kwargs,
     )
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        ({}, {"upper_variable": "network"}, "upper_variable='table', this one has upper_variable='network'"),
+        ({"upper_variable": "fixed"}, {}, "upper_variable='fixed', this one has upper_variable='table'"),
+        ({}, {"rank": "full"}, "rank=0.5, this one has rank='full'"),
+        ({}, {"upper_variable": "fixed", "rank": "full"}, "upper_variable='table', rank=0.5, this one has"),
+    ],
+)
+def test_settings_that_a_state_does_not_fit(
+    before: dict[str, Any], now: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    saved_run(tmp_path / "whole", before, max_steps=2)
+    with pytest.raises(ValueError, match=f"{message}.*Resume with the same settings, or start a new run"):
+        saved_run(tmp_path / "resumed", now, resume=tmp_path / "whole" / "checkpoint-2")
 
 
 @pytest.mark.slow

@@ -299,6 +299,31 @@ def test_an_optimizer_that_a_twin_cannot_have(tmp_path: Path) -> None:
         assert set(trainer.domain_weights.values()) != {1 / 3}
 
 
+class OwnOptimizer(MixtureTrainer):
+    def create_optimizer(self) -> torch.optim.Optimizer:  # without the argument, as users of the Trainer write it
+        if self.optimizer is None:
+            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=self.args.learning_rate)
+        return self.optimizer
+
+
+class OptimizerOfTheModel(MixtureTrainer):
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = torch.optim.SGD(self.of_the_model, lr=self.args.learning_rate)
+        return self.optimizer
+
+
+def test_an_optimizer_of_the_users_own_trains_the_twin(tmp_path: Path) -> None:
+    usual = train("vit", tmp_path, {"inner_steps": 2}, optim="sgd")
+    assert train("vit", tmp_path, {"inner_steps": 2}, trainer_class=OwnOptimizer).mixture == usual.mixture
+    trainer = build("vit", tmp_path, {"inner_steps": 2}, trainer_class=OptimizerOfTheModel)
+    trainer.of_the_model = list(trainer.model.parameters())
+    with pytest.raises(
+        ValueError, match="`OptimizerOfTheModel.create_optimizer` makes an optimizer of other parameters"
+    ):
+        trainer.train()
+
+
 class Unknown(nn.Module):
     """A head that is not known."""
 
@@ -1025,6 +1050,52 @@ def test_resuming_is_not_visible(case: str, tmp_path: Path) -> None:
     assert repr(torch.load(last[0], weights_only=True)) == repr(torch.load(last[1], weights_only=True))
     if "mixture" not in settings:
         assert set(whole.mixture.values()) != {1 / 3}
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_mixture_that_is_given_holds_when_resuming(
+    learned: bool, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    arguments: dict[str, Any] = {
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "max_steps": 12,
+        "trainer_class": RecordingTrainer,
+    }
+    before = {} if learned else {"trainer_kwargs": {"mixture": {"books": 0.5, "code": 0.5, "web": 0.0}}}
+    train("vit", tmp_path / "whole", {"inner_steps": 2} if learned else {}, **before, **arguments)
+    resumed = train(
+        "vit", tmp_path / "resumed", {}, trainer_kwargs={"mixture": FIXED}, **arguments,
+        resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"),
+    )  # fmt: skip
+    drawn = torch.stack([torch.bincount(torch.cat(step["ids"]), minlength=3) for step in resumed.steps])
+    assert resumed.mixture == FIXED and len(drawn) == 8
+    # What a domain was owed under the old shares is settled; then the new ones are exact over steps.
+    assert (drawn.sum(0) - 64 * torch.tensor([FIXED[name] for name in NAMES])).abs().max() <= 2
+    assert "The mixture changed since the checkpoint" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        ({"mixture": "uniform"}, {}, "of a run with a fixed mixture; this one learns with `hypergradient='penalty'`"),
+        (
+            {"inner_steps": 2},
+            {"hypergradient": "alignment"},
+            "learned with `hypergradient='penalty'`; this one learns with `hyper",
+        ),
+    ],
+)
+def test_settings_that_a_state_does_not_fit(
+    before: dict[str, Any], now: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    arguments: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 6}
+    train("vit", tmp_path / "whole", before, **arguments)
+    with pytest.raises(ValueError, match=message):
+        train(
+            "vit", tmp_path / "resumed", {"inner_steps": 2, **now}, **arguments,
+            resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"),
+        )  # fmt: skip
 
 
 @pytest.mark.slow
