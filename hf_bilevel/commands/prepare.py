@@ -39,19 +39,22 @@ RESERVED = (  # columns of encoded rows
     HAS_LABELS,
 )
 
-NUMBERED_FROM_PADDING = {  # models whose first position is the one behind the padding's id
-    *(
-        "roberta",
-        "roberta-prelayernorm",
-        "xlm-roberta",
-        "xlm-roberta-xl",
-        "xmod",
-        "camembert",
-        "data2vec-text",
-        "ibert",
-    ),
-    *("longformer", "mpnet", "luke", "lilt", "markuplm", "esm"),
-}
+NUMBERED_FROM_PADDING = (  # models whose first position is the one behind the padding's id
+    "camembert",
+    "data2vec-text",
+    "esm",
+    "ibert",
+    "lilt",
+    "longformer",
+    "luke",
+    "markuplm",
+    "mpnet",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+)
 
 
 @dataclass
