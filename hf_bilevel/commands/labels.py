@@ -77,10 +77,7 @@ def label_ids(dataset: AnyDataset, argument: str, column: str, names: list[str])
     elif dataset.features is not None and str(getattr(dataset.features[column], "dtype", "")).endswith("string"):
         ids = dict(index)
     else:
-        numbers = {name: int(name) for name in index if re.fullmatch("-?[0-9]+", name)} | {
-            "False": False,
-            "True": True,
-        }
+        numbers = {"False": 0, "True": 1} | {name: int(name) for name in index if re.fullmatch("-?[0-9]+", name)}
         ids = {numbers[name]: i for name, i in index.items() if name in numbers}
     if isinstance(dataset, datasets.Dataset):
         for value in _different(dataset, column):

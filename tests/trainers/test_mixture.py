@@ -315,6 +315,7 @@ class OptimizerOfTheModel(MixtureTrainer):
 
 def test_an_optimizer_of_the_users_own_trains_the_twin(tmp_path: Path) -> None:
     usual = train("vit", tmp_path, {"inner_steps": 2}, optim="sgd")
+    assert set(usual.mixture.values()) != {1 / 3}
     assert train("vit", tmp_path, {"inner_steps": 2}, trainer_class=OwnOptimizer).mixture == usual.mixture
     trainer = build("vit", tmp_path, {"inner_steps": 2}, trainer_class=OptimizerOfTheModel)
     trainer.of_the_model = list(trainer.model.parameters())
