@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from test_contract import METHODS, build
 from tiny import make_dataset
+from transformers import default_data_collator
 
 
 @pytest.mark.parametrize("method, settings", [*((m, {}) for m in METHODS), ("blade", {"granularity": "sample"})])
@@ -58,6 +59,22 @@ def test_several_splits_are_refused(method: str, name: str, tmp_path: Path) -> N
 def test_an_empty_pool_is_said(method: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`train_dataset` is empty"):
         build(method, "llama", tmp_path, train_dataset=make_dataset("llama", 8).select([]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_target_dataset_of_another_kind_of_numbers_is_said(method: str, tmp_path: Path) -> None:
+    renamed = make_dataset("llama", 8).rename_column("labels", "label")  # of which the default collator makes floats
+    with pytest.raises(
+        ValueError,
+        match=r"makes `labels` of dtype torch.float32 of `target_dataset` and of dtype torch.int64 of `train_dataset`.*"
+        "Give the columns of both the same names and types",
+    ):
+        build(
+            method,
+            "llama",
+            tmp_path,
+            trainer_kwargs={"target_dataset": renamed, "data_collator": default_data_collator},
+        )
 
 
 @pytest.mark.parametrize("method", METHODS)

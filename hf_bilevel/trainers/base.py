@@ -358,30 +358,39 @@ class BilevelMixin(CheckpointMixin):
         if not self._is_stream and len(self.train_dataset) == 0:
             raise ValueError("`train_dataset` is empty.")
         first = next(iter(self.train_dataset)) if self._is_stream else self.train_dataset[0]
-        pool_columns = self._model_inputs(first)
+        pool_inputs = self._model_inputs(first)
         try:
-            target_columns = self._model_inputs(target[0])
+            target_inputs = self._model_inputs(target[0])
         except KeyError as error:
             has = f" It has {sorted(target[0])}." if isinstance(target[0], Mapping) else ""
             raise ValueError(
                 f"The data collator does not find {error} in `target_dataset`.{has} Prepare it as `train_dataset` is prepared; TRL's "
                 "SFTTrainer does so by itself, for a `datasets.Dataset`."
             ) from error
-        if pool_columns != target_columns:
+        if pool_inputs.keys() != target_inputs.keys():
             raise ValueError(
-                f"`target_dataset` has the model inputs {sorted(target_columns)} and `train_dataset` has "
-                f"{sorted(pool_columns)}; they must be the same. Missing in `target_dataset`: "
-                f"{sorted(pool_columns - target_columns)}; only there: {sorted(target_columns - pool_columns)}. Prepare "
-                "both with the same function."
+                f"`target_dataset` has the model inputs {sorted(target_inputs)} and `train_dataset` has "
+                f"{sorted(pool_inputs)}; they must be the same. Missing in `target_dataset`: "
+                f"{sorted(pool_inputs.keys() - target_inputs.keys())}; only there: "
+                f"{sorted(target_inputs.keys() - pool_inputs.keys())}. Prepare both with the same function."
             )
+        for name, of_pool in pool_inputs.items():
+            of_target = target_inputs[name]
+            tensors = isinstance(of_pool, torch.Tensor) and isinstance(of_target, torch.Tensor)
+            if tensors and of_pool.is_floating_point() != of_target.is_floating_point():
+                raise ValueError(
+                    f"The collator makes `{name}` of dtype {of_target.dtype} of `target_dataset` and of dtype {of_pool.dtype} of "
+                    "`train_dataset`; both must be integers, or neither. Give the columns of both the same names and types: "
+                    "Trainer's default collator makes floating-point numbers of a list called `label`, integers of `labels`."
+                )
         self._check_labels(target, "target_dataset")
         if not self._is_stream:
             self._check_labels(self.train_dataset, "train_dataset")
 
-    def _model_inputs(self, item: Any) -> set[str]:
-        """Name what the collator makes of an item."""
+    def _model_inputs(self, item: Any) -> Mapping[str, Any]:
+        """Collate an item; nothing if that is not a mapping."""
         batch = self._get_collator_with_removed_columns(self.data_collator)([item])
-        return set(batch) if isinstance(batch, Mapping) else set()
+        return batch if isinstance(batch, Mapping) else {}
 
     def _check_labels(self, dataset: Any, name: str) -> None:
         """Look for one label that counts: nearly always in the first rows, else in 1,000 rows spread over all."""
