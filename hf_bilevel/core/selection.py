@@ -108,10 +108,11 @@ def synchronisation_schedule(sync_steps: int | None, reference_steps: int | None
     """Resolve the synchronisation period T and the reference steps K.
 
     Published: five synchronisations in 5,000 steps (T = 1,000) with K = 300, and no difference for T from 500 to
-    2,000. "auto": as many in a run of up to 5,000 steps, more in longer ones, 40 to 1,000 steps apart; and K = 0.1 T,
-    but at least 20 steps, or T if that is less: a reference that had taken a handful of steps did worse than no selection. A
-    third of the published K / T did as well for any T from a tenth to a half of the run, better than all of it with T a quarter,
-    and a little worse than all of it with T a twentieth, which costs a seventh more (``scripts/benchmarks/schedules.py``).
+    2,000. "auto": as many in a run of up to 5,000 steps, more in longer ones, 40 to 1,000 steps apart; and K = 0.08 T,
+    but at least 20 steps, or T if that is less: a reference that had taken a handful of steps did worse than no selection. With 0.08
+    to 0.12 it hardly mattered whether T was a tenth, a fifth or half of the run, as long as K was 19 or more; all did better than the
+    published K / T with T a quarter of the run, and a little worse than it with T a twentieth, which costs a seventh more
+    (``scripts/benchmarks/schedules.py``).
 
     Args:
         sync_steps: T, or None for "auto".
@@ -123,13 +124,13 @@ def synchronisation_schedule(sync_steps: int | None, reference_steps: int | None
 
     Example:
         >>> [synchronisation_schedule(None, None, max_steps) for max_steps in (100_000, 5_001, 1_000, 100, 10)]
-        [(1000, 100), (834, 83), (200, 20), (40, 20), (10, 10)]
+        [(1000, 80), (834, 67), (200, 20), (40, 20), (10, 10)]
     """
     if sync_steps is None:
         num = max(5, math.ceil(max_steps / 1000))
         sync_steps = min(max_steps, max(40, math.ceil(max_steps / num)))
     if reference_steps is None:
-        reference_steps = max(round(0.1 * sync_steps), min(sync_steps, 20))
+        reference_steps = max(round(0.08 * sync_steps), min(sync_steps, 20))
     return sync_steps, reference_steps
 
 

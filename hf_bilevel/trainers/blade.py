@@ -80,7 +80,7 @@ class BladeConfig(BilevelConfig):
     :math:`\gamma`                selection_ratio     0.6                   0.6
     T                             sync_steps          1,000 of 5,000        "auto": 5 in a run, 40 to 1,000 steps
                                                                             apart; one if it is shorter
-    K                             reference_steps     300                   "auto": 0.1 T, at least 20: a third of the
+    K                             reference_steps     300                   "auto": 0.08 T, at least 20: a quarter of the
                                                                             cost, no worse for as long a T (measured)
     :math:`\lambda`               penalty             1                     0: on pools that are noisy or off target 1
                                                                             did worse, and costs more (measured)

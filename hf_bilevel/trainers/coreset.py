@@ -5,7 +5,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -216,8 +216,15 @@ class CoresetMixin(BilevelMixin):
     config_class = CoresetConfig
     _losses_are_for = "judged by"
 
-    def __init__(self, *args: Any, search_model: nn.Module | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        search_model: nn.Module | None = None,
+        required_ids: Sequence[int] | Tensor | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.search_model = search_model
+        self.required_ids = required_ids
         self._subset: SelectedSubset | None = None
         self._searched_losses: list[float] = []
         self._search_seconds: float | None = None
@@ -247,6 +254,8 @@ class CoresetMixin(BilevelMixin):
 
     def _check_bilevel_setup(self) -> None:
         if self._is_off():
+            if self.required_ids is not None:
+                warnings.warn("`required_ids` is ignored with `size='pool'`, which keeps every sample.", stacklevel=4)
             return
         super()._check_bilevel_setup()
         if self.compute_sample_losses is None:
@@ -275,6 +284,7 @@ class CoresetMixin(BilevelMixin):
                 f"`initial_size={self.bilevel_config.initial_size}` is smaller than `size={self.bilevel_config.size}`; the size "
                 "is lowered during the search, not raised."
             )
+        self._free_ids = self._find_free_ids()
         self._check_labels(self.train_dataset, "train_dataset")
         if self.target_dataset is not None:
             self._check_target_dataset()
@@ -290,6 +300,34 @@ class CoresetMixin(BilevelMixin):
                 "`compute_sample_losses=`, (model, batch) -> losses of shape (n,), for it to see the same loss.",
                 stacklevel=5,
             )
+
+    def _find_free_ids(self) -> Tensor:
+        """List the samples that the search decides about: all that are not required."""
+        num = len(self.train_dataset)
+        free = torch.ones(num, dtype=torch.bool)
+        if self.required_ids is None:
+            return free.nonzero().flatten()
+        size, given = self._in_rows(self.bilevel_config.size), np.asarray(self.required_ids)
+        if given.ndim != 1 or given.size and given.dtype.kind not in "iu":
+            raise TypeError(
+                "`required_ids` must be a list of row numbers of `train_dataset`, got "
+                f"{type(self.required_ids).__name__} of shape {given.shape} and dtype {given.dtype}."
+            )
+        required = torch.from_numpy(given.astype(np.int64))
+        outside = required[(required < 0) | (required >= num)]
+        if len(outside):
+            raise ValueError(
+                f"`required_ids` holds {int(outside[0])}, and `train_dataset` has the rows 0 to {num - 1}. Ids are places in it as it "
+                "was given to the trainer."
+            )
+        free[required] = False
+        num_required = num - int(free.sum())
+        if num_required >= size:
+            raise ValueError(
+                f"`required_ids` names {num_required} rows and `size` counts them, so that with `size={self.bilevel_config.size}` "
+                f"({size} rows) nothing is left to choose. Raise `size`, or require fewer."
+            )
+        return free.nonzero().flatten()
 
     def _warn_about_ignored_settings(self) -> None:
         config = self.bilevel_config
@@ -347,12 +385,14 @@ class CoresetMixin(BilevelMixin):
         if self.train_dataset is not self._prepared_pool:
             self._prepare_pool()
         started = time.monotonic()
-        size = self._in_rows(self.bilevel_config.size)
-        initial_size = (
-            size if self.bilevel_config.initial_size == "size" else self._in_rows(self.bilevel_config.initial_size)
-        )
-        start = first_probabilities(len(self.train_dataset), initial_size)
-        progress = _Search(CoresetProbabilities(start, shared_scale=self.bilevel_config.engine == "kernel"))
+        self._free_ids = self._find_free_ids()
+        num_required = len(self.train_dataset) - len(self._free_ids)
+        size = initial_size = self._in_rows(self.bilevel_config.size) - num_required
+        if self.bilevel_config.initial_size != "size":
+            initial_size = self._in_rows(self.bilevel_config.initial_size) - num_required
+        start = first_probabilities(len(self._free_ids), initial_size)
+        probabilities = CoresetProbabilities(start, shared_scale=self.bilevel_config.engine == "kernel")
+        progress = _Search(probabilities, num_required)
         folder = Path(self.args.output_dir) / SEARCH_FOLDER
         self._place_event_files()
         if resume_from_checkpoint:
@@ -414,15 +454,28 @@ class CoresetMixin(BilevelMixin):
     def _losses_and_gradient(self, engine: Engine, masks: Tensor, progress: "_Search") -> tuple[Tensor, Tensor]:
         probabilities = progress.search.probabilities
         if isinstance(engine, KernelEngine):
+            masks = self._of_whole_pool(masks)
             found = self._on_all_processes(
-                len(masks), 1 + len(probabilities), partial(_losses_beside_differences, engine, masks)
+                len(masks), 1 + masks.shape[1], partial(_losses_beside_differences, engine, masks)
             )
-            return found[:, 0], found[:, 1:].mean(0).to(probabilities)
+            return found[:, 0], found[:, 1 + self._free_ids].mean(0).to(probabilities)
         losses = self._upper_losses(engine, masks, progress.step, self._upper_rows(engine, progress.step))
         return losses, policy_gradient(masks, losses, probabilities)[0]
 
     def _masks(self, probabilities: Tensor, num: int, *seed: int) -> Tensor:
         return sample_masks(probabilities, num, torch.Generator().manual_seed(derive_seed(self._seed, *seed)))
+
+    def _required(self) -> Tensor:
+        """List the required samples, in the order of the pool."""
+        required = torch.ones(len(self.train_dataset), dtype=torch.bool)
+        required[self._free_ids] = False
+        return required.nonzero().flatten()
+
+    def _of_whole_pool(self, masks: Tensor) -> Tensor:
+        """Give masks of the free samples the required ones, ``(num, n)``."""
+        whole = torch.ones(len(masks), len(self.train_dataset), dtype=torch.bool)
+        whole[:, self._free_ids] = masks
+        return whole
 
     def _upper_rows(self, engine: Engine, step: int) -> Tensor | None:
         wanted = self.bilevel_config.num_upper_rows
@@ -433,6 +486,7 @@ class CoresetMixin(BilevelMixin):
 
     def _upper_losses(self, engine: Engine, masks: Tensor, step: int, upper_rows: Tensor | None = None) -> Tensor:
         """Train on the masks and measure what comes out."""
+        masks = self._of_whole_pool(masks)
 
         def losses(mine: list[int]) -> Tensor:
             seeds = [derive_seed(self._seed, _TRAINING, step, c) for c in mine]
@@ -532,7 +586,8 @@ class CoresetMixin(BilevelMixin):
         if config.kernel_trainings == 0:
             return kernel()
         generator = torch.Generator().manual_seed(derive_seed(self._seed, _KERNEL_ROWS))
-        masks = uniform_masks(len(problem.pool), self._in_rows(config.size), config.kernel_trainings, generator)
+        size = self._in_rows(config.size) - len(problem.pool) + len(self._free_ids)
+        masks = self._of_whole_pool(uniform_masks(len(self._free_ids), size, config.kernel_trainings, generator))
         inner = SequentialEngine(problem)
 
         def train_on(number: int) -> None:
@@ -615,6 +670,7 @@ class CoresetMixin(BilevelMixin):
                 "num_pool": len(self.train_dataset),
                 "fingerprint": getattr(self.train_dataset, "_fingerprint", None),
                 "seed": self._seed,
+                "required_ids": self._required(),
                 "search": progress.state_dict(),
             }
             write_state(state, folder / STATE_NAME)
@@ -625,6 +681,7 @@ class CoresetMixin(BilevelMixin):
             state = torch.load(path, map_location="cpu", weights_only=True)
             weights = torch.load(folder / INITIALISATION_NAME, map_location="cpu", weights_only=True, mmap=True)
             num_pool, fingerprint, seed = state["num_pool"], state["fingerprint"], state["seed"]
+            required = state["required_ids"]
             config, search = state["config"], state["search"]
         except FileNotFoundError as error:
             raise ValueError(f"There is no search to resume in `{folder}`: {error.filename} is missing.") from None
@@ -635,6 +692,11 @@ class CoresetMixin(BilevelMixin):
             raise ValueError(
                 f"`{path}` is of a search in a pool of {num_pool} samples with the fingerprint {fingerprint} and the seed {seed}; "
                 f"here they are {mine[0]}, {mine[1]} and {mine[2]}. Prepare the pool in the same way, or search anew."
+            )
+        if not torch.equal(required, self._required()):
+            raise ValueError(
+                f"`{path}` is of a search with {len(required)} required samples, and here `required_ids` names "
+                f"{len(self._required())}, or others. Give the same ones, or search anew."
             )
         self._say_what_changed(config)
         self._searched_model().load_state_dict(weights)
@@ -727,7 +789,9 @@ class CoresetMixin(BilevelMixin):
         return subset
 
     def _make_subset(self, progress: "_Search", mask: Tensor, losses: dict[str, float]) -> SelectedSubset:
-        probabilities = progress.search.probabilities
+        mask = self._of_whole_pool(mask[None])[0]
+        probabilities = torch.ones(len(mask))  # the required samples have 1
+        probabilities[self._free_ids] = progress.search.probabilities
         ids = mask.nonzero().flatten()
         ids = ids[probabilities[ids].argsort(descending=True, stable=True)]
         names = {"metrics": "final_upper_loss", "controls": "uniform_upper_loss_mean"}
@@ -773,6 +837,7 @@ class CoresetMixin(BilevelMixin):
             judge += others if self.target_dataset is None else f" and, to {share}, the pool"
         fitted = "kernel ridge regression with the model's tangent kernel" if with_kernel else "training"
         search, uniform = facts["search"], facts["controls"].get("uniform", {}).get("upper_loss")
+        required = search.get("num_required", 0)
         loss = "mean squared distance to one-hot labels" if with_kernel else "in nats"
         found = {
             f"Loss on {judge} after {fitted} ({loss})": facts["metrics"].get("upper_loss"),
@@ -780,6 +845,7 @@ class CoresetMixin(BilevelMixin):
         }
         statistics = {
             "Size": f"{size:,} of {num_pool:,} ({size / num_pool:.1%})",
+            **({"Of which were required from the start": f"{required:,}"} if required else {}),
             **{label: f"{value:.4g}" for label, value in found.items() if value is not None},
             "Outer steps of the search": f"{search['num_outer_steps']:,}",
             "Probabilities within 0.01 of 0 or 1 at its end": f"{search['settled']:.1%}",
@@ -833,8 +899,9 @@ def _losses_beside_differences(engine: KernelEngine, masks: Tensor, mine: list[i
 class _Search:
     """What a search knows: probabilities, the step it is at, and what has happened."""
 
-    def __init__(self, search: CoresetProbabilities) -> None:
+    def __init__(self, search: CoresetProbabilities, num_required: int) -> None:
         self.search = search
+        self.num_required = num_required  # samples in every mask, beside those that have probabilities
         self.step = 0
         self.num_diverged = 0
         self.num_lost_in_a_row = 0
@@ -854,7 +921,7 @@ class _Search:
         return bool(((s == 0) | (s == 1)).all()) and float(s.sum()) <= size
 
     def metrics(self) -> dict[str, float]:
-        facts = search_progress(self.search.probabilities)
+        facts = self.facts()
         return {
             "coreset/upper_loss": self.objectives[-1],
             "coreset/expected_size": facts["expected_size"],
@@ -864,7 +931,7 @@ class _Search:
         }
 
     def short_facts(self) -> dict[str, str]:
-        facts = search_progress(self.search.probabilities)
+        facts = self.facts()
         return {
             "loss": f"{self.objectives[-1]:.4g}",
             "size": f"{facts['expected_size']:.0f}",
@@ -873,10 +940,13 @@ class _Search:
 
     def facts(self) -> dict[str, Any]:
         """Say how the search went, as JSON-compatible values."""
+        progress = search_progress(self.search.probabilities)
         return {
             "num_outer_steps": self.step,
             "num_diverged": self.num_diverged,
-            **search_progress(self.search.probabilities),
+            "num_required": self.num_required,
+            **progress,
+            "expected_size": self.num_required + progress["expected_size"],
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -939,6 +1009,8 @@ class CoresetTrainer(CoresetMixin, Trainer):
         target_dataset: Map-style dataset of the upper loss, with the columns of ``train_dataset``; the pool if None.
         bilevel_config: A ``CoresetConfig``.
         search_model: Model that is trained in the search instead of ``model``, for instance a smaller one with the same inputs.
+        required_ids: Rows of ``train_dataset`` that are in the coreset whatever the search finds, and in every mask of it: a replay
+            memory, or what has labels already. ``size`` counts them, and the search decides about the others.
         compute_sample_losses: Loss of each sample for models whose head is not known.
         **kwargs: Everything else that ``Trainer`` takes.
 

@@ -161,6 +161,7 @@ def greedy(
     weight_steps: int = 5,
     learning_rate: float = 0.05,
     outer_weights: Tensor | None = None,
+    required: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Add the sample whose weight would lower the outer loss fastest, then improve the weights of all chosen.
 
@@ -178,9 +179,10 @@ def greedy(
         weight_steps: After every addition.
         learning_rate: Of these steps.
         outer_weights: Of the target samples in the outer loss, (m,), summing to 1; alike if None.
+        required: Ids that are chosen already, with weight 1; ``size`` counts them.
 
     Returns:
-        The ids, (size,), and their weights.
+        The ids, (size,), those required in front, and their weights.
     """
     outer_labels = labels if outer_labels is None else outer_labels
     outer_kernel = kernel if outer_kernel is None else outer_kernel
@@ -188,8 +190,9 @@ def greedy(
     kernel, outer_kernel = kernel.double(), outer_kernel.double()
     targets, outer_targets = (F.one_hot(entry, num_classes).double() for entry in (labels, outer_labels))
 
-    ids, weights = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64)
-    for _ in range(size):
+    ids = torch.empty(0, dtype=torch.int64) if required is None else required
+    weights = torch.ones(len(ids), dtype=torch.float64)
+    for _ in range(size - len(ids)):
         slopes = weight_derivatives(kernel, targets, ids, weights, outer_kernel, outer_targets, ridge, outer_weights)
         ids = torch.cat([ids, slopes.index_fill(0, ids, math.inf).argmin()[None]])
         weights = F.pad(weights, (0, 1), value=1.0)

@@ -14,7 +14,7 @@ median over rounds of an arm's time over the mean of these two, and how far thos
 
 ``limit`` is what counting forward passes predicts, a plain step being 3; the passes of the real runs are counted too, and
 must agree. ``blade_token_amortised`` adds the reference phase as published, at K / T = 300 / 1,000 and with the penalty, and
-``blade_token_auto`` as BladeConfig has it, at a tenth and on target batches alone, from the measured costs of a reference step. ``bros`` is BrosTrainer as it comes, at a rank of an
+``blade_token_auto`` as BladeConfig has it, at 0.08 and on target batches alone, from the measured costs of a reference step. ``bros`` is BrosTrainer as it comes, at a rank of an
 eighth of a layer's inputs and with a fresh subspace at every step of so short a run, ``bros_rank48`` the same at rank 48;
 ``bros_large`` is ``bros`` with four times the rows, in a run of its own beside the plain Trainer: what BROS does to the weights
 themselves costs as much whatever the batch. ``bros_every5`` moves the weights at every fifth step and is timed over five;

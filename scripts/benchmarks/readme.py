@@ -33,7 +33,7 @@ OVERHEAD_ARMS = {
     "llama/off": "Llama, switched off (`selection_ratio=1`)",
     "vit/off": "ViT, switched off",
     "llama/blade_token": "Llama, token level, between synchronisations",
-    "llama/blade_token_auto": "Llama, token level, with the automatic reference phases of a run of 1,000 steps or more (K / T = 0.1)",
+    "llama/blade_token_auto": "Llama, token level, with the automatic reference phases of a run of 1,250 steps or more (K / T = 0.08)",
     "llama/blade_token_amortised": "Llama, token level, with the published ones (K / T = 0.3, λ = 1)",
     "llama/sft": "Llama, TRL's `SFTTrainer` on all tokens, with its metrics",
     "llama/blade_sft": "... with BLADE in front of it, between synchronisations",
@@ -54,7 +54,7 @@ OVERHEAD_ARMS = {
 }
 FULL_SIZE_ARMS = {
     "smollm2/blade_token": "SmolLM2-135M, token level, between synchronisations",
-    "smollm2/blade_token_auto": "SmolLM2-135M, token level, with the automatic reference phases (K / T = 0.1)",
+    "smollm2/blade_token_auto": "SmolLM2-135M, token level, with the automatic reference phases (K / T = 0.08)",
     "smollm2/blade_sample": "SmolLM2-135M, sample level, ratio 0.5",
     "vit_s/blade_sample": "ViT-S, sample level, ratio 0.5",
     "vit_s/off": "ViT-S, switched off (`selection_ratio=1`)",

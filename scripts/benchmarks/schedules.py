@@ -1,6 +1,6 @@
 """Token-level BLADE on a run of some length: how often must the reference be synchronised, and for how many steps trained?
 
-    python scripts/benchmarks/schedules.py --output scripts/benchmarks/results/schedules.json    # about 50 minutes, 1 thread
+    python scripts/benchmarks/schedules.py --output scripts/benchmarks/results/schedules.json    # about an hour, 1 thread
     python scripts/benchmarks/schedules.py --smoke
 
 Data, model and learning rate are those of `mixture.py` in its setting `restricted`: bytes of six kinds of text, of which one, with few rows
@@ -32,8 +32,9 @@ ARMS: dict[str, dict | None] = {
     "random": {"score": "random"},
     "T=80, K=24": {"sync_steps": 80, "reference_steps": 24},
     "T=400, K=120": {"sync_steps": 400, "reference_steps": 120},
+    "T=160, K=13": {"sync_steps": 160, "reference_steps": 13},
     "T=160, K=19": {"sync_steps": 160, "reference_steps": 19},
-    "T=400, K=46": {"sync_steps": 400, "reference_steps": 46},
+    "T=320, K=32": {"sync_steps": 320, "reference_steps": 32},
     "T=800, K=93": {"sync_steps": 800, "reference_steps": 93},
     "auto": {},
 }

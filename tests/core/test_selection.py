@@ -262,15 +262,15 @@ def test_selected_set_is_that_of_the_exact_hypergradient(seed: int) -> None:
 @pytest.mark.parametrize(
     ("sync_steps", "reference_steps", "max_steps", "expected"),
     [
-        (None, None, 5_000, (1_000, 100)),
-        (None, None, 2_000, (400, 40)),
-        (None, None, 10**7, (1_000, 100)),  # never more than 1,000 apart
-        (None, None, 5_001, (834, 83)),  # and no last one for a single step
+        (None, None, 5_000, (1_000, 80)),
+        (None, None, 2_000, (400, 32)),
+        (None, None, 10**7, (1_000, 80)),  # never more than 1,000 apart
+        (None, None, 5_001, (834, 67)),  # and no last one for a single step
         (None, None, 1_001, (201, 20)),  # rounded up
         (None, None, 101, (40, 20)),  # never so close that the reference hardly moves
         (None, None, 25, (25, 20)),
         (None, None, 1, (1, 1)),
-        (700, None, 10, (700, 70)),
+        (700, None, 10, (700, 56)),
         (None, 3, 1_000, (200, 3)),
         (2, None, 1_000, (2, 2)),
         (1, None, 1_000, (1, 1)),
@@ -288,7 +288,7 @@ def test_automatic_schedule_keeps_its_promises(max_steps: int) -> None:
     sync_steps, reference_steps = synchronisation_schedule(None, None, max_steps)
     assert 1 <= reference_steps <= sync_steps <= min(1_000, max_steps)
     assert -(-max_steps // sync_steps) >= min(5, max_steps // 40) * 0.5 and sync_steps >= min(40, max_steps)
-    assert abs(reference_steps - max(0.1 * sync_steps, min(sync_steps, 20))) <= 0.5
+    assert abs(reference_steps - max(0.08 * sync_steps, min(sync_steps, 20))) <= 0.5
 
 
 @given(st.integers(1_000, 10**9))

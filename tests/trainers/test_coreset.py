@@ -578,13 +578,15 @@ class Interrupt(TrainerCallback):
 RESUMABLE = {"outer_steps": 6, "search_save_steps": 2}
 
 
-def interrupted(folder: Path, settings: dict[str, Any], **kwargs: Any) -> None:
+def interrupted(
+    folder: Path, settings: dict[str, Any], trainer_kwargs: dict[str, Any] | None = None, **kwargs: Any
+) -> None:
     trainer = build(
         folder,
         settings,
         save_strategy="steps",
         logging_steps=1,
-        trainer_kwargs={"callbacks": [Interrupt(5)]},
+        trainer_kwargs={"callbacks": [Interrupt(5)], **(trainer_kwargs or {})},
         **kwargs,
     )
     before = parameters_of(trainer)
