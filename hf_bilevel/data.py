@@ -125,11 +125,12 @@ class NumberedStream(IterableDataset):
             yield number_item(item, first + i * step, domain_id)
 
     def _find_domain(self, domain: Any, i: int) -> int:
-        if isinstance(domain, (int, np.integer)):
-            if 0 <= domain < (MAX_UNNAMED if self._index is None else len(self._index)):
-                return int(domain)
-        elif self._index is not None and isinstance(domain, str) and domain in self._index:
-            return self._index[domain]
+        try:
+            number = operator.index(domain)  # of NumPy's and torch's integers too
+        except TypeError:
+            number = -1 if self._index is None or not isinstance(domain, str) else self._index.get(domain, -1)
+        if 0 <= number < (MAX_UNNAMED if self._index is None else len(self._index)):
+            return number
         if self._index is None:
             raise ValueError(
                 f"Item {i} of the stream has the domain {domain!r:.200} as `{self.domain_column}`; give integers 0..D-1, D at "
@@ -214,6 +215,38 @@ def pick_rows(batch: Mapping[str, Any], indices: list[int], num_rows: int) -> di
     return _pick(batch, indices, num_rows, "batch")
 
 
+def check_images_of_rows(batch: Any, image_token: int, num_rows: int) -> None:
+    """Refuse a batch with as many images as rows of which a row has none: it is not known whose images are whose.
+
+    Args:
+        batch: A collated batch.
+        image_token: What stands for a part of an image in ``input_ids``.
+        num_rows: Number of rows of the batch.
+
+    Raises:
+        ValueError: If there is such a row.
+
+    Cost: one host sync, for batches with ``pixel_values``.
+
+    Example:
+        >>> batch = {"input_ids": torch.tensor([[9, 9, 4], [3, 9, 4]]), "pixel_values": torch.zeros(2, 3, 8, 8)}
+        >>> check_images_of_rows(batch, 9, 2)
+        >>> check_images_of_rows(batch, 3, 2)
+        Traceback (most recent call last):
+        ValueError: A batch has 2 images for its 2 samples, of which 1 have no image tokens, so that others have several and rows...
+    """
+    pixels, tokens = batch.get("pixel_values"), batch.get("input_ids")
+    if not isinstance(pixels, Tensor) or not isinstance(tokens, Tensor) or "pixel_attention_mask" in batch:
+        return  # with that mask each row has its own images, padded to the largest number
+    num_without = num_rows - int((tokens == image_token).any(1).sum())
+    if len(pixels) == num_rows and num_without > 0:
+        raise ValueError(
+            f"A batch has {num_rows} images for its {num_rows} samples, of which {num_without} have no image tokens, so that others "
+            "have several and rows cannot be selected with their images. Use `granularity='token'` of BladeTrainer, or samples of "
+            "one image each."
+        )
+
+
 def _pick(value: Any, indices: list[int], num_rows: int, path: str) -> Any:
     if isinstance(value, (Tensor, np.ndarray)):
         if value.ndim == 0:
@@ -222,7 +255,8 @@ def _pick(value: Any, indices: list[int], num_rows: int, path: str) -> Any:
             raise ValueError(
                 f"`{path}` has {len(value)} rows where the batch has {num_rows} samples, so rows cannot be selected. "
                 "Padding-free and flattened batches hold several samples in a row: use a padding collator (for "
-                "SFTTrainer `padding_free=False` and no packing)."
+                "SFTTrainer `padding_free=False` and no packing). Images that a processor joins, of all samples, cannot be told apart "
+                "by sample: use `granularity='token'` of BladeTrainer, which leaves rows whole."
             )
         return value[indices]
     if isinstance(value, Mapping):
@@ -345,7 +379,7 @@ def without_padding(batch: Any, lengths: Tensor) -> Any:
         return batch
     return type(batch)(
         {
-            key: entry[:, :width] if _is_as_wide(entry, shape) and _is_of_tokens(key, entry) else entry
+            key: entry[:, :width].contiguous() if _is_as_wide(entry, shape) and _is_of_tokens(key, entry) else entry
             for key, entry in batch.items()
         }
     )

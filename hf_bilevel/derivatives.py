@@ -293,7 +293,10 @@ class _SubspaceLinear(torch.autograd.Function):
             inputs, bias = inputs.to(dtype), None if bias is None else bias.to(dtype)
         ctx.save_for_backward(inputs @ basis.to(inputs.dtype), weight, basis, direction, step)
         # Perturbed in the weights' own dtype and cast afterwards: in bfloat16 the step would be rounded away.
-        return F.linear(inputs, _shift(weight, direction, step).to(inputs.dtype), bias)
+        outputs = F.linear(inputs, _shift(weight, direction, step).to(inputs.dtype), bias)
+        return torch.ops.aten._unsafe_view(
+            outputs, outputs.shape
+        )  # of sequences they are a view, which no one may change in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -565,5 +568,6 @@ def _refuse_unprojectable(model: nn.Module, modules: list[str] | None) -> None:
     asked = "" if modules is None else f" that `modules={modules}` names"
     raise ValueError(
         f"`{name}` has no linear layer or convolution with trainable weights{asked} to put into a subspace. Trainable ones: "
-        f"{', '.join(trainable[:8]) or 'none'}. Name some of them in `modules`, or use `rank='full'`."
+        f"{', '.join(trainable[:8]) or 'none'}; those outside any block count as heads, and stay. Name some of them in `modules`, or "
+        "use `rank='full'`."
     )

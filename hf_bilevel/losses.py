@@ -430,7 +430,8 @@ def _aligned_labels(head: str, batch: Mapping[str, Any]) -> Tensor:
 def _misaligned(scored: Tensor, labels: Tensor) -> str:
     return (
         f"The logits have {tuple(scored.shape[:2])} positions and the `labels` {tuple(labels.shape)}, so losses cannot "
-        "be assigned to tokens. Virtual tokens (prompt or prefix tuning) are not supported; LoRA is."
+        "be assigned to tokens. Virtual tokens (prompt or prefix tuning, images put in front by the model) are not supported; LoRA is. "
+        "Pass `compute_sample_losses=`, (model, batch) -> losses of shape (n,), for a loss of each sample."
     )
 
 

@@ -331,10 +331,11 @@ class BladeMixin(ReferenceMixin):
                 f"`{given}` replaces the model's loss, so its tokens cannot be selected. Drop it, or use "
                 "`granularity='sample'`."
             )
-        if getattr(self.model.config, "output_router_logits", False):
+        configs = (self.model.config, getattr(self.model.config, "text_config", None))
+        if any(getattr(config, "output_router_logits", False) for config in configs):
             raise ValueError(
                 "`output_router_logits=True` adds a router loss inside the model's own loss, which token selection "
-                "replaces. Set `model.config.output_router_logits = False`, or use `granularity='sample'`."
+                "replaces. Set `output_router_logits = False` in the model's configuration, or use `granularity='sample'`."
             )
         dropout = [m.p for m in self.model.modules() if isinstance(m, nn.Dropout) and m.p > 0]
         dropout += [getattr(self.model.config, "attention_dropout", 0.0) or 0.0]
@@ -392,6 +393,8 @@ class BladeMixin(ReferenceMixin):
         with private_randomness(derive_seed(self._seed, step, rank), self.args.device), self._scoring():
             prepared = [self._prepare_inputs(batch) for batch in batches]
             if self.granularity == "sample":
+                for batch, origin in zip(prepared, origins, strict=True):
+                    self._check_images(batch, len(origin))
                 picked = self._pick_samples(batches, prepared, origins)
                 return picked, self._get_num_items_in_batch(picked, self.args.device)
             self._plan_tokens(prepared, origins)

@@ -1017,7 +1017,7 @@ class _Weighting:
     def differentiable_coefficients(self) -> Tensor:
         """Coefficients of the sample losses in the loss that is trained, by the upper variable."""
         trainer, num_items = self._trainer, self._num_items
-        if num_items is None or not trainer.model_accepts_loss_kwargs or trainer.compute_sample_losses is not None:
+        if not trainer._counts_labels(self._batch, num_items):
             num_items = self._counts.sum() * trainer.current_gradient_accumulation_steps
         elif trainer.args.average_tokens_across_devices:
             num_items = num_items / trainer.accelerator.num_processes

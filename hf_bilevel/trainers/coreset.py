@@ -549,6 +549,7 @@ class CoresetMixin(BilevelMixin):
             if dataset is not None:
                 prepared, collator = self._collator_for(dataset)
                 rows[name] = CollatedRows(prepared, collator, self.args.device, derive_seed(self._seed, seed))
+                self._check_images(rows[name].batch, len(rows[name]))
         upper = rows.get("upper", rows["pool"])
         smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
 

@@ -38,7 +38,7 @@ class DomainEvaluationMixin(BilevelMixin):
         Returns:
             The metrics.
 
-        Cost: no pass more than the Trainer's, unless with ``compute_sample_losses``.
+        Cost: no pass more than the Trainer's, unless with ``compute_sample_losses`` or ``predict_with_generate``: one forward more.
         """
         given = self.eval_dataset if eval_dataset is None else eval_dataset
         self._evaluated: tuple[list[str], Tensor] | None = None
@@ -85,20 +85,33 @@ class DomainEvaluationMixin(BilevelMixin):
         if SAMPLE_ID not in inputs:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         origin = pop_origin(inputs)
+        self._logits_of_loss = None
         loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
-            if self.compute_sample_losses is not None:
+            if (
+                self.compute_sample_losses is not None or self._logits_of_loss is None
+            ):  # of generated tokens there are none
                 units = self._losses(model, inputs)
             else:
-                first = logits[0] if isinstance(logits, (tuple, list)) else logits
-                units = sample_losses_from_logits(self.model, first, inputs)
+                units = sample_losses_from_logits(self.model, self._logits_of_loss, inputs)
+        self._logits_of_loss = None
         rows = (units.losses, units.counts, origin.domain_ids.to(units.losses.device))
         # Not a sum of each process: the last batch may repeat rows to be full.
         losses, counts, domain_ids = self.accelerator.gather_for_metrics(rows)
         names, totals = self._evaluated
         totals += torch.stack(domain_means(losses, counts, domain_ids, len(names))).to(totals)
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Compute the Trainer's loss; an evaluation step takes its logits by name, as other outputs may stand in front of them."""
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if return_outputs and not model.training:
+            outputs = found[1]
+            self._logits_of_loss = outputs.get("logits") if isinstance(outputs, Mapping) else outputs[1]
+        return found
 
     def _add_domain_metrics(self, metrics: dict[str, float], losses: dict[str, float], prefix: str) -> None:
         if not losses:

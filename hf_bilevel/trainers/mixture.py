@@ -306,6 +306,8 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
             self._check_head()
         if self._learns():
             self._check_learning()
+        elif self._weights_losses():
+            self._check_losses(self.train_dataset)
         self._warn_about_ignored_settings()
 
     def _check_head(self) -> None:
@@ -639,7 +641,10 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
         def objective(reference: nn.Module, k: int) -> Iterator[Tensor]:
             for batch, multipliers in zip(steps[k]["batches"], steps[k]["multipliers"], strict=True):
                 yield self._repeated_loss(reference, batch, multipliers, steps[k])
-            yield self._mean_loss(reference, self._draw_target_batch()) / penalty
+            with preserved_buffers(
+                reference
+            ):  # until its backward pass is over: running statistics would not shrink with 1 / λ
+                yield self._mean_loss(reference, self._draw_target_batch()) / penalty
 
         def use_recorded_rates(optimizer: torch.optim.Optimizer, k: int) -> None:
             for group, rate in zip(optimizer.param_groups, steps[k]["rates"], strict=True):
@@ -826,7 +831,7 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
         for inputs, domain_ids, num_items, drawn, state in entry["batches"]:
             restore_random_state(state)
             units = self._losses(self.model, self._prepare_inputs(inputs))
-            if num_items is None or not self.model_accepts_loss_kwargs:
+            if not self._counts_labels(inputs, num_items):
                 num_items = units.counts.sum() * len(entry["batches"])
             ids = domain_ids.to(weights.device)
             multipliers = weights[ids] / drawn.to(weights)[ids]
@@ -855,7 +860,7 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
         self, model: nn.Module, inputs: dict[str, Any], multipliers: Tensor, num_items: Any, num_batches: int
     ) -> Tensor:
         of_whole_step, scale = self._loss_is_of_whole_step(num_items), 1
-        counted = num_items is not None and self.model_accepts_loss_kwargs and self.compute_sample_losses is None
+        counted = self._counts_labels(inputs, num_items)
         if of_whole_step and counted and self.args.average_tokens_across_devices:
             scale = self.accelerator.num_processes
         dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)

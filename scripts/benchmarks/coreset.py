@@ -34,7 +34,8 @@ trainings); in `clean` and `transfer` the kernel is that after three trainings o
 their own, and half of the upper loss judges each row by what the others say of it (`kernel_trainings=3,
 pool_share=0.5`); pbcs_initial takes the kernel at the initial weights there, and the loss on the pool, and so does
 pbcs_at_size, which begins at the coreset's size instead of half the pool; pbcs_trained trains a small net for every mask;
-best20 takes the best of 20 uniform draws, each judged as pbcs_trained judges; balanced draws within the classes; kcenter, herding and hardest use the last layer, or the losses,
+pbcs_beside and greedy_beside choose what is worth adding to the memory of earlier tasks, which is given, and judge on its rows
+too; best20 takes the best of 20 uniform draws, each judged as pbcs_trained judges; balanced draws within the classes; kcenter, herding and hardest use the last layer, or the losses,
 of a net trained on the pool with its labels as given; greedy is the bilevel selection of Borsos et al. with a tangent
 kernel, without its weights; pbcs_both and greedy_both judge on the pool as well, to one half (`pool_share`), its classes weighted
 as in the target, pbcs_both each of its rows by what the others say of it, greedy_both by all; target trains on the clean target rows instead of a coreset; full trains on the pool. See
@@ -103,6 +104,7 @@ EMBEDDED = ("kcenter", "herding", "hardest")
 CHOOSERS = ("uniform", "balanced", "best20", *EMBEDDED, "greedy", "pbcs")
 TRAINED, AT_SIZE, INITIAL = "pbcs_trained", "pbcs_at_size", "pbcs_initial"
 BOTH = ("greedy_both", "pbcs_both")
+BESIDE = ("greedy_beside", "pbcs_beside")
 JUDGED = (*CHOOSERS, "target", "full")  # where there is a target dataset
 ARMS_OF = {
     "clean": (*CHOOSERS, INITIAL, AT_SIZE, TRAINED, "full"),
@@ -110,12 +112,12 @@ ARMS_OF = {
     "pairwise20": (*JUDGED, *BOTH),
     "imbalance50": (*JUDGED, *BOTH),
     "transfer": (*CHOOSERS, INITIAL, "full"),
-    "split": CHOOSERS,
-    "split_noise": CHOOSERS,
-    "split_tenth": CHOOSERS,
-    "split_tenth_noise": CHOOSERS,
-    "permuted": CHOOSERS,
-    "permuted_noise": CHOOSERS,
+    "split": (*CHOOSERS, *BESIDE),
+    "split_noise": (*CHOOSERS, *BESIDE),
+    "split_tenth": (*CHOOSERS, *BESIDE),
+    "split_tenth_noise": (*CHOOSERS, *BESIDE),
+    "permuted": (*CHOOSERS, *BESIDE),
+    "permuted_noise": (*CHOOSERS, *BESIDE),
     "streaming": ("reservoir", "uniform", "best20", "greedy", "pbcs"),
     "streaming_noise": ("reservoir", "uniform", "best20", "greedy", "pbcs"),
     "pixels": ("uniform", "best20", "variance", "mutual_information", "pbcs", "full"),
@@ -438,6 +440,7 @@ class Problem:
     seed: int
     settings: Settings
     pool_share: float = 0.0  # of the upper loss
+    num_required: int = 0  # of the first rows, which are chosen already
 
     @property
     def judge(self) -> tuple[Tensor, Tensor]:
@@ -487,7 +490,8 @@ def choose(arm: str, problem: Problem) -> Tensor:
         rows, (judge, judge_labels) = problem.inputs.flatten(1), problem.judge
         kernel, judge_kernel = (controls.tangent_kernel(x.double(), rows.double()) for x in (rows, judge.flatten(1)))
         if problem.pool_share == 0:
-            return controls.greedy(kernel, problem.labels, size, judge_kernel, judge_labels)[0]
+            required = torch.arange(problem.num_required)
+            return controls.greedy(kernel, problem.labels, size, judge_kernel, judge_labels, required=required)[0]
         both = torch.cat([judge_kernel, kernel]), torch.cat([judge_labels, problem.labels])
         return controls.greedy(kernel, problem.labels, size, *both, outer_weights=weights_of_both(problem))[0]
     if arm == "full":
@@ -506,19 +510,43 @@ def weights_of_both(problem: Problem) -> Tensor:
     )
 
 
-def shrink(arm: str, problem: Problem, ids: Tensor, size: int) -> Tensor:
+def shrink(arm: str, problem: Problem, ids: Tensor, size: int, others: list[Problem]) -> Tensor:
     """What to keep of a coreset when less room is left: those chosen first, or what a search among them finds.
 
     A search tells which samples belong together, and nothing about their order. Its searches for smaller sizes, judged as
     the first, could all be made when the first is: they need nothing that comes later.
     """
-    if arm != "pbcs" or size >= len(ids):
+    if arm not in ("pbcs", "pbcs_beside") or size >= len(ids):
         return ids[:size]
-    return ids[
-        search(
-            replace(problem, inputs=problem.inputs[ids], labels=problem.labels[ids], size=size, target=problem.judge)
-        )
-    ]
+    among = replace(problem, inputs=problem.inputs[ids], labels=problem.labels[ids], size=size, target=problem.judge)
+    return ids[choose_beside(arm, among, others)]
+
+
+def choose_beside(arm: str, problem: Problem, others: list[Problem]) -> Tensor:
+    """The ids of the rows that are worth adding to those kept of other tasks, which are judged on too.
+
+    Args:
+        arm: One of ``BESIDE``, or any other, which does not look at the other tasks.
+        problem: The rows to choose from.
+        others: What is kept of other tasks, and their clean target rows, if there are any.
+    """
+    if arm not in BESIDE or not others:
+        return choose(arm.removesuffix("_beside"), problem)
+    inputs, labels = torch.cat([o.inputs for o in others]), torch.cat([o.labels for o in others])
+    target = problem.target
+    if target is not None:
+        judges = [target, *(o.judge for o in others)]
+        target = torch.cat([x for x, _ in judges]), torch.cat([y for _, y in judges])
+    joint = replace(
+        problem,
+        inputs=torch.cat([inputs, problem.inputs]),
+        labels=torch.cat([labels, problem.labels]),
+        target=target,
+        size=len(labels) + problem.size,
+        num_required=len(labels),
+    )
+    ids = choose(arm.removesuffix("_beside"), joint)
+    return ids[ids >= len(labels)] - len(labels)
 
 
 def upper_loss(problem: Problem, ids: Tensor) -> float:
@@ -584,6 +612,7 @@ def search(problem: Problem, arm: str = "pbcs") -> Tensor:
             target_dataset=None if problem.target is None else rows(*problem.target),
             bilevel_config=config,
             compute_sample_losses=sample_losses,
+            required_ids=range(problem.num_required),
         )
         trainer.remove_callback(PrinterCallback)
         return trainer.search().ids
@@ -683,6 +712,14 @@ def sequence_problems(task: str, seed: int, settings: Settings) -> tuple[list[Da
     return sequence, problems
 
 
+def rows_of(problems: list[Problem], kept: list[Tensor]) -> list[Problem]:
+    """What is kept of each task, as a problem of its own."""
+    return [
+        replace(problem, inputs=problem.inputs[ids], labels=problem.labels[ids])
+        for problem, ids in zip(problems, kept, strict=False)
+    ]
+
+
 def replay(task: str, arm: str, seed: int, settings: Settings) -> dict:
     """Continual learning: after every task a share of the memory for it, and less for those before."""
     sequence, problems = sequence_problems(task, seed, settings)
@@ -690,17 +727,14 @@ def replay(task: str, arm: str, seed: int, settings: Settings) -> dict:
         for problem in problems:
             _ = problem.trained
     start = time.perf_counter()
-    chosen = [choose(arm, problem) for problem in problems]
-    seconds = time.perf_counter() - start
     memories, kept = [[]], []  # one before each task
-    for number in range(1, len(sequence)):
-        start = time.perf_counter()
-        kept = [
-            shrink(arm, problem, ids, settings.size // number)
-            for problem, ids in zip(problems, [*kept, chosen[number - 1]], strict=False)
-        ]
-        seconds += time.perf_counter() - start
+    for number, problem in enumerate(problems, 1):
+        smaller: list[Tensor] = []
+        for before, ids in zip(problems, kept, strict=False):
+            smaller.append(shrink(arm, before, ids, settings.size // number, rows_of(problems, smaller)))
+        kept = [*smaller, choose_beside(arm, problem, rows_of(problems, smaller))]
         memories.append([(data.inputs[ids], data.labels[ids]) for data, ids in zip(sequence, kept, strict=False)])
+    seconds = time.perf_counter() - start
     wrong = torch.cat([data.wrong[ids] for data, ids in zip(sequence, kept, strict=False)])
     parts = [(data.inputs, data.labels) for data in sequence]
     accuracy = follow(parts, memories, [data.test for data in sequence], seed, settings)
