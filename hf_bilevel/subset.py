@@ -144,8 +144,12 @@ class SelectedSubset:
             Its selected rows.
 
         Raises:
-            ValueError: If it is another dataset, by length or fingerprint.
+            ValueError: If it is another dataset, by length or fingerprint. The fingerprint of a file depends on its path as it was
+                given and on its time, that of a dataset on how it was prepared.
+            TypeError: If it is a stream.
         """
+        if isinstance(pool, datasets.IterableDataset):
+            raise TypeError("Rows cannot be taken out of a stream by their ids: load the dataset without `streaming`.")
         if len(pool) != self.num_pool:
             raise ValueError(f"The subset was selected from {self.num_pool} rows and this dataset has {len(pool)}.")
         fingerprint = getattr(pool, "_fingerprint", None)
@@ -185,7 +189,7 @@ class SelectedSubset:
                 f"`facts` must hold what JSON can: dicts, lists, strings, finite numbers, true, false and null ({error}). "
                 "Convert the rest, tensors with `tolist()` for instance."
             ) from error
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         with _replacing(folder / SELECTION_PATH) as path:
             pyarrow.parquet.write_table(self._table(), path)
@@ -220,7 +224,8 @@ class SelectedSubset:
         Raises:
             ValueError: If a file is missing, damaged, or not the one that belongs to the other.
         """
-        path, rows_path = Path(folder) / FACTS_NAME, Path(folder) / SELECTION_PATH
+        folder = Path(folder).expanduser()
+        path, rows_path = folder / FACTS_NAME, folder / SELECTION_PATH
         for file in (path, rows_path):
             if not file.is_file():
                 raise ValueError(
@@ -391,8 +396,9 @@ def load_selected_subset(
     Returns:
         The subset.
     """
-    if Path(repo_id).is_dir():
-        return SelectedSubset.load(repo_id)
+    local = Path(repo_id).expanduser()
+    if local.is_dir() or str(repo_id).startswith((".", "/", "~")) or str(repo_id).count("/") > 1:
+        return SelectedSubset.load(local)
     patterns = [FACTS_NAME, SELECTION_PATH]
     return SelectedSubset.load(
         huggingface_hub.snapshot_download(

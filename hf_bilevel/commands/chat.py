@@ -1,5 +1,6 @@
 """Encode chats with the tokenizer's template, so that only what the assistant says is trained on."""
 
+import os
 from typing import Any
 
 from jinja2 import TemplateError
@@ -84,7 +85,13 @@ def _by_prefixes(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerB
         after = render(i + 1)
         # Templates do not write an empty chat, and may put a system prompt of their own before the first turn.
         opening = str(turn["content"] or "").strip()
-        before = render(i, add_generation_prompt=True) if i else after.partition(opening)[0] if opening else ""
+        if i:
+            before = render(i, add_generation_prompt=True)
+        elif opening:  # whatever is the same with another answer comes before it
+            other = {**turn, "content": "y" if opening.startswith("x") else "x"}
+            before = os.path.commonprefix([after, tokenizer.apply_chat_template([other], tokenize=False)])
+        else:
+            before = ""
         if not (after.startswith(before) and text.startswith(after)):
             raise ValueError(
                 f"The chat template of `{tokenizer.name_or_path}` writes earlier turns differently once later ones follow, so the "

@@ -21,7 +21,7 @@ def encode_texts(
         tokenizer: The model's.
         column: Column of the texts.
         max_length: Tokens of a text, at most; None for all.
-        add_end: Add the token that ends a text.
+        add_end: Add the token that ends a text, for causal models.
 
     Returns:
         ``input_ids`` and ``labels``.
@@ -31,7 +31,9 @@ def encode_texts(
     options = {} if max_length is None or add_end else {"truncation": True, "max_length": max_length}
     rows = tokenizer(_texts(batch, column), return_attention_mask=False, verbose=False, **options)["input_ids"]
     rows = [(ids if ids[-1:] == end else ids + end)[:max_length] for ids in rows]
-    return {"input_ids": rows, "labels": rows}
+    # Special tokens are not masked, so nothing is learned from a text of these alone.
+    none = set() if add_end else set(tokenizer.all_special_ids)
+    return {"input_ids": rows, "labels": [[IGNORE_INDEX if token in none else token for token in ids] for ids in rows]}
 
 
 def encode_labelled_texts(

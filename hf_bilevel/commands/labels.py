@@ -46,7 +46,7 @@ def label_names(dataset: AnyDataset, column: str, config: PretrainedConfig) -> l
         names = list(map(str, sorted(values)))
     if len(names) < 2:
         raise ValueError(f"`label_column: {column}` holds only {names}; a classification needs at least two labels.")
-    known = list(config.id2label.values())
+    known = [name for _, name in sorted(config.id2label.items())]  # files may list 10 before 2
     return known if sorted(known) == sorted(names) else names
 
 

@@ -1,10 +1,12 @@
 """Load the model, its config and its tokenizer or image processor."""
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -28,6 +30,8 @@ AUTO_CLASSES: dict[str, Any] = {
     "sequence_classification": AutoModelForSequenceClassification,
     "image_classification": AutoModelForImageClassification,
 }
+logger = logging.getLogger(__name__)
+
 HEADS = ("classifier", "score")  # attributes of classification models that are new, and trained in full
 
 
@@ -117,7 +121,9 @@ def build_other_model(
         The model.
 
     Raises:
-        ValueError: If it cannot be loaded, or reads other tokens or images.
+        ValueError: If it cannot be loaded, reads other tokens or images, or is a reference for other labels.
+
+    Its head is put into the order of the labels where it has the same ones.
     """
     other = dataclasses.replace(model, model=source, peft=False)
     try:
@@ -136,7 +142,37 @@ def build_other_model(
         )
     if getattr(config, "pad_token_id", None) is None and hasattr(processor, "pad_token_id"):
         config.pad_token_id = processor.pad_token_id
-    return build_model(other, config, label_names)
+    if label_names is None:
+        return build_model(other, config, None)
+    own = [label for _, label in sorted(config.id2label.items())]
+    are_named = own != [f"LABEL_{i}" for i in range(len(own))]
+    if name == "reference_model" and (len(own) != len(label_names) or are_named and set(own) != set(label_names)):
+        raise ValueError(
+            f"`{name}: {source}` tells the labels {', '.join(own)} apart, and `train_dataset` has {', '.join(label_names)}. A frozen "
+            "reference must know these: train it on them, or use `reference: dynamic`."
+        )
+    if name == "reference_model" and not are_named:
+        logger.warning(
+            "`%s: %s` does not name its labels; they are taken to be %s.", name, source, ", ".join(label_names)
+        )
+    built = build_model(other, config, label_names)
+    if are_named and own != label_names and set(own) == set(label_names):
+        _reorder_head(built, f"`{name}: {source}`", [own.index(label) for label in label_names])
+    return built
+
+
+def _reorder_head(model: PreTrainedModel, what: str, order: list[int]) -> None:
+    """Let the rows of a classifier's last layer follow the labels, which have been given other numbers."""
+    body = set(model.base_model.modules())
+    heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m not in body and m.out_features == len(order)]
+    if len(heads) != 1:
+        raise ValueError(
+            f"{what} numbers the labels in another order than `train_dataset`, and its last layer is not found. Save it with the "
+            "labels in the alphabetical order of their names."
+        )
+    with torch.no_grad():
+        for parameter in heads[0].parameters():
+            parameter.copy_(parameter[order].clone())
 
 
 def _source(model: ModelArguments) -> str:

@@ -2,15 +2,17 @@
 
 import difflib
 import sys
+import typing
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 MAX_MESSAGE, MAX_DEPTH = 3000, 20
+POSITIVE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 
 
 class _Loader(yaml.SafeLoader):
@@ -28,6 +30,12 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_node(parent, index)
         self._depth -= 1
         return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        names = [key.value for key, _ in node.value]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"`{twice[0]}` is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def _cut(message: str) -> str:
@@ -88,10 +96,28 @@ def parse(*classes: type, argv: list[str] | None = None, prog: str | None = None
     for cls in classes:
         own = [entry.name for entry in fields(cls) if entry.init and entry.name in values]
         try:
-            parsed.append(cls(**{name: values.pop(name) for name in own}))
+            given = {name: values.pop(name) for name in own}
+            if issubclass(cls, TrainingArguments):
+                _check_numbers(cls, given)
+            parsed.append(cls(**given))
         except (TypeError, ValueError) as error:
             raise SystemExit(f"{parser.prog}: {_cut(str(error))}") from error
     return tuple(parsed)
+
+
+def _check_numbers(cls: type, given: dict[str, Any]) -> None:
+    """Refuse numbers of the wrong kind, which a recipe can hold and `TrainingArguments` takes as they are."""
+    hints = typing.get_type_hints(cls)
+    for name, value in given.items():
+        kinds = set(typing.get_args(hints[name])) or {hints[name]}
+        wanted = kinds & {int, float}
+        if not wanted or value is None or isinstance(value, str):
+            continue
+        is_number = isinstance(value, (int, float)) and (not isinstance(value, bool) or bool in kinds)
+        if not is_number or float not in kinds and isinstance(value, float):
+            raise TypeError(f"`{name}` must be {' or '.join(sorted(k.__name__ for k in wanted))}, got {value!r:.200}.")
+        if name in POSITIVE and value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
 
 
 def nearest(name: Any, names: Iterable[str], otherwise: str = " `--help` lists all.") -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 import torch
+from huggingface_hub import get_token
+from huggingface_hub.utils import validate_repo_id
 from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
 
 from hf_bilevel.commands.arguments import (
@@ -104,6 +107,12 @@ def run(name: str, argv: list[str] | None = None) -> Trainer | None:
     subset = None
     if prepared.rows is not None:
         subset = _save_subset(trainer, job, pool, prepared.rows, prog)
+    elif trainer.is_world_process_zero():
+        logger.warning(
+            "No subset is saved: with `%s` no rows are told apart.", "streaming" if data.streaming else "pack"
+        )
+    if subset is None and trainer.is_world_process_zero():
+        _put_aside(Path(args.output_dir) / SUBSET_FOLDER)
     if args.push_to_hub:
         trainer.push_to_hub()
     if subset is not None and job.push_subset:
@@ -137,6 +146,16 @@ def _check_settings(
             f"`push_subset` uploads rows of `train_dataset`, and with `{'streaming' if data.streaming else 'pack'}` none are told "
             "apart. Drop one of them."
         )
+    if job.push_subset:
+        validate_repo_id(job.push_subset)
+        if "/" not in job.push_subset:
+            raise ValueError(
+                f"`push_subset: {job.push_subset}` must be `namespace/name`, your user name or an organisation first."
+            )
+        if get_token() is None:
+            raise ValueError(
+                "There is no token for `push_subset`. Run `hf auth login`, or set the environment variable HF_TOKEN."
+            )
     if getattr(config, "reference", None) == "static" and job.reference_model is None:
         raise ValueError(
             "`reference: static` compares with a frozen model: set `reference_model` to its id or folder, or use "
@@ -238,6 +257,15 @@ def _save_subset(
     subset = in_rows_of(pool, subset, rows)
     subset.save(Path(trainer.args.output_dir) / SUBSET_FOLDER)
     return subset
+
+
+def _put_aside(subset: Path) -> None:
+    """Rename what an earlier run selected: beside this run's model it would be taken for what that was trained on."""
+    if subset.is_dir():
+        aside = subset.with_name(f"{subset.name}_of_an_earlier_run")
+        shutil.rmtree(aside, ignore_errors=True)
+        subset.rename(aside)
+        logger.warning("`%s` is of an earlier run; it is `%s` now.", subset, aside)
 
 
 def _num_seen(trainer: Trainer) -> int:

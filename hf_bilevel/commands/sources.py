@@ -1,6 +1,8 @@
 """Find datasets: on the Hub, in files and in folders; and take rows out of the pool for the others."""
 
+import glob
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,9 @@ def load(argument: str, given: str, split: str | None, streaming: bool = False) 
             instruction = datasets.ReadInstruction.from_spec(split)
             (part,) = instruction.to_absolute({split.split("[")[0]: len(whole)})
         except (ValueError, AssertionError) as error:
-            raise ValueError(f"`{field}: {split}` is not understood: {error}") from error
+            raise ValueError(
+                f"`{field}: {split}` is not understood: {error}. Write one range, `train[:10%]` for instance; sums are not read."
+            ) from error
         return whole.select(range(part.from_ or 0, len(whole) if part.to is None else part.to))
     raise ValueError(
         f"`{argument}: {given}` has no split `{split}`; it has {', '.join(names)}. Set `{field}` to one of them."
@@ -65,6 +69,16 @@ def _load_all(argument: str, given: str, streaming: bool) -> dict[str, Any]:
             loaded = loaded if isinstance(loaded, dict) else {"train": loaded}
             return {name: part.to_iterable_dataset() if streaming else part for name, part in loaded.items()}
         source = str(path)
+        kinds = Counter(
+            file.suffix for file in path.rglob("*") if file.suffix in FILES and not file.name.startswith(".")
+        )
+        if (
+            len({FILES[suffix] for suffix in kinds}) > 1 and not (path / "README.md").is_file()
+        ):  # which may name the files
+            found = ", ".join(f"{num} of {suffix}" for suffix, num in kinds.items())
+            logger.warning(
+                "`%s: %s` holds files of several kinds (%s), of which one alone is read.", argument, given, found
+            )
     elif path.is_file() or path.suffix in FILES or given.startswith((".", "/", "~")):
         if not path.exists():
             beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -75,7 +89,7 @@ def _load_all(argument: str, given: str, streaming: bool) -> dict[str, Any]:
             raise ValueError(
                 f"`{argument}: {given}` is a file of an unknown kind; known are {', '.join(FILES)}. Convert it, or give a folder."
             )
-        source, options = FILES[path.suffix], {"data_files": str(path)}
+        source, options = FILES[path.suffix], {"data_files": glob.escape(str(path))}
     else:
         source, _, config = given.partition(":")
     try:

@@ -285,7 +285,9 @@ class CheckpointMixin:
                     "was learned about a sample would be taken for another's. Prepare the pool in the same way, or start a new "
                     "run from the checkpoint's weights."
                 )
-            logger.warning("`%s` changed since the checkpoint: %s, now %s.", name, before[name], now[name])
+            kept = " What was learned of single samples is kept by their places: they must be in the same order."
+            more = kept if name == "train_dataset" else ""
+            logger.warning("`%s` changed since the checkpoint: %s, now %s.%s", name, before[name], now[name], more)
 
     def _check_resumed(self, checkpoint: str, state: dict[str, Any]) -> None:
         """Refuse the state of a run that this one cannot continue, before anything is loaded."""

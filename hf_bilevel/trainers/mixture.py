@@ -430,8 +430,9 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
             counts = torch.bincount(self._domain_ids, minlength=num)
             if empty := [name for name, count in zip(names, counts.tolist(), strict=True) if count == 0]:
                 raise ValueError(
-                    f"`train_dataset` has no sample of the domains {empty}. Take them out of `domain_names`, or of the dict of "
-                    "datasets."
+                    f"`train_dataset` has no sample of {len(empty)} domains, {', '.join(map(str, empty[:10]))}. Take them out of "
+                    "`domain_names`, or of the dict of datasets; domains that are numbers must be 0, 1, 2 and so on, others, such as "
+                    "years, strings."
                 )
             self._shares = counts.double() / counts.sum()
         fixed = self._fixed_weights()

@@ -232,6 +232,7 @@ def uploads(monkeypatch: pytest.MonkeyPatch) -> list:
     done = []
     upload = lambda subset, repo_id, pool: done.append((repo_id, subset.to_dataset(pool)))  # noqa: E731
     monkeypatch.setattr(SelectedSubset, "push_to_hub", upload)
+    monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
     return done
 
 
