@@ -207,6 +207,21 @@ class BladeRunArguments(SubsetRunArguments):
 
 
 @dataclass
+class MixtureRunArguments(SubsetRunArguments):
+    """The same for mixtures.
+
+    Args:
+        mixture_file: Weights of the domains to train with, which are not learned then: the ``mixture.json`` that an earlier run
+            wrote.
+    """
+
+    mixture_file: str | None = field(
+        default=None,
+        metadata={"help": "Train with the weights of an earlier run: the mixture.json that it wrote."},
+    )
+
+
+@dataclass
 class CoresetRunArguments(RunArguments):
     """The same for coresets.
 

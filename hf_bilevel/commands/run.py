@@ -20,6 +20,7 @@ from hf_bilevel.commands.arguments import (
     BladeRunArguments,
     CoresetRunArguments,
     DataArguments,
+    MixtureRunArguments,
     ModelArguments,
     RunArguments,
     SubsetRunArguments,
@@ -65,7 +66,9 @@ COMMANDS = {
         "train on the samples or tokens that the model can still learn from",
     ),
     "bros": Command(BrosTrainer, BrosConfig, SubsetRunArguments, "learn a weight for every sample, and train with it"),
-    "mixture": Command(MixtureTrainer, MixtureConfig, SubsetRunArguments, "learn how much of each domain to train on"),
+    "mixture": Command(
+        MixtureTrainer, MixtureConfig, MixtureRunArguments, "learn how much of each domain to train on"
+    ),
     "coreset": Command(
         CoresetTrainer, CoresetConfig, CoresetRunArguments, "find a subset of a fixed size, and train on it"
     ),
@@ -204,6 +207,8 @@ def _make_trainer(
         for name in ("reference_model", "search_model")
         if getattr(job, name, None) is not None
     }
+    if getattr(job, "mixture_file", None) is not None:
+        others["mixture"] = str(Path(job.mixture_file).expanduser())
     return trainer_class(
         model=build_model(model, model_config, prepared.label_names),
         args=args,

@@ -35,6 +35,8 @@ from hf_bilevel.trainers.reference_models import is_peft_model
 
 MIN_COVERAGE = 10
 
+NUM_GROWN, GROWTH = 3, 5.0  # logs in a row between which the auxiliary variable grows so much: it diverges
+
 SATURATED = 0.02  # from 0 or 1: where a network's weights no longer move
 
 UPPER_LEARNING_RATES = {"table": 0.3, "domain": 0.01, "network": 0.001}
@@ -476,6 +478,7 @@ class BrosMixin(BilevelMixin):
         """Make the upper variable, or the table of given weights."""
         config, device = self.bilevel_config, self.args.device
         num_pool = 0 if self._is_stream or self.train_dataset is None else len(self.train_dataset)
+        self._last_norm, self._num_grown = 0.0, 0  # of the auxiliary variable, by log
         self.upper: nn.Module | None = None
         self._table: Tensor | None = None  # given weights, or the last ones that a network gave
         with private_randomness(derive_seed(self._seed, _UPPER), device):
@@ -863,11 +866,24 @@ class BrosMixin(BilevelMixin):
         *sums, num = self.accelerator.reduce(self._sums.clone()).tolist()
         self._sums.zero_()
         metrics = {f"bros/{name}": total / num for name, total in zip(_NOTES, sums, strict=True)} if num else {}
+        if num:
+            self._warn_if_diverging(metrics["bros/auxiliary_norm"])
         if self.bilevel_config.upper_variable == "domain":
             metrics |= {f"bros/weight/{name}": weight for name, weight in self.domain_weights.items()}
         if self.bilevel_config.upper_variable == "network" and num:
             self._warn_if_saturated(metrics["bros/weight_mean"], metrics["bros/weight_std"])
         return metrics
+
+    def _warn_if_diverging(self, norm: float) -> None:
+        before, self._last_norm = self._last_norm, norm
+        self._num_grown = self._num_grown + 1 if 0 < GROWTH * before < norm else 0
+        if self._num_grown == NUM_GROWN:
+            warnings.warn(
+                f"The auxiliary variable grows without end: its norm is {norm:.3g} by step {self.state.global_step}, more than "
+                f"{GROWTH:.0f} times as much in each of the last {NUM_GROWN} logs. What is learned from it says nothing. Raise "
+                "`damping`, or give `auxiliary_learning_rate` a smaller number.",
+                stacklevel=5,
+            )
 
     def _warn_if_saturated(self, mean: float, spread: float) -> None:
         if not self._said_saturated and not SATURATED < mean < 1 - SATURATED and spread < SATURATED:

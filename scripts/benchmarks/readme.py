@@ -118,6 +118,7 @@ CORESET_TASKS = {
 CORESET_ARMS = {
     "pbcs": "**CoresetTrainer**",
     "pbcs_both": "**... judged on the pool too** (`pool_share=0.5`)",
+    "pbcs_beside": "**... beside the memory of earlier tasks** (`required_ids`)",
     "pbcs_initial": "... with the kernel at the initial weights",
     "pbcs_at_size": "... with that, and its search begun at the size",
     "pbcs_trained": "CoresetTrainer, training a small network for each mask",
@@ -130,6 +131,7 @@ CORESET_ARMS = {
     "hardest": "hardest",
     "greedy": "greedy bilevel (Borsos et al.)",
     "greedy_both": "... judged on the pool too",
+    "greedy_beside": "... beside the memory of earlier tasks",
     "variance": "highest variance",
     "mutual_information": "highest mutual information",
     "target": "the clean target rows alone",

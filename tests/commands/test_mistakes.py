@@ -196,3 +196,14 @@ def test_domains_that_are_years_are_said(tiny, data, common, tmp_path: Path) -> 
 @pytest.fixture(autouse=True)
 def warnings_of_ours(caplog) -> None:
     caplog.set_level(logging.WARNING)
+
+
+def test_a_mixture_of_an_earlier_run_is_trained_with(tiny, data, common, tmp_path: Path) -> None:
+    argv = ["--model", tiny["base"], *places(data), *common, "--domain_column", "source"]
+    learned = run("mixture", [*argv, "--inner_steps", "1", "--reference_steps", "1"]).mixture
+    written = tmp_path / "output" / "mixture.json"
+    assert json.loads(written.read_text())["mixture"] == learned and learned["web"] != 0.5
+    again = run("mixture", [*argv, "--mixture_file", str(written), "--output_dir", str(tmp_path / "again")])
+    assert again.domain_weights == pytest.approx(learned) and len(again._trajectory) == 1
+    message = message_of(["mixture", *argv, "--mixture_file", str(tmp_path / "none.json")])
+    assert "`mixture` must be a mapping from domain names to weights, or a file written by `save_mixture`" in message

@@ -1579,3 +1579,12 @@ def test_looking_for_unreached_layers_changes_nothing(settings: dict, tmp_path: 
         assert trainer.blocks._looked
         runs.append(parameters_of(trainer))
     assert torch.equal(*runs)
+
+
+def test_an_auxiliary_variable_that_grows_without_end_is_said(tmp_path: Path) -> None:
+    settings = {"auxiliary_learning_rate": 30.0, "damping": 0.0}
+    with pytest.warns(
+        UserWarning, match="The auxiliary variable grows without end: its norm is .* Raise `damping`, or give"
+    ) as said:
+        build("vit", tmp_path, settings, max_steps=6, logging_steps=1, learning_rate=1e-4).train()
+    assert sum("grows without end" in str(entry.message) for entry in said) == 1
