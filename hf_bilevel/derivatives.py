@@ -294,9 +294,8 @@ class _SubspaceLinear(torch.autograd.Function):
         ctx.save_for_backward(inputs @ basis.to(inputs.dtype), weight, basis, direction, step)
         # Perturbed in the weights' own dtype and cast afterwards: in bfloat16 the step would be rounded away.
         outputs = F.linear(inputs, _shift(weight, direction, step).to(inputs.dtype), bias)
-        return torch.ops.aten._unsafe_view(
-            outputs, outputs.shape
-        )  # of sequences they are a view, which no one may change in place
+        # Of sequences they are a view, which no one could change in place.
+        return torch.ops.aten._unsafe_view(outputs, outputs.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -123,7 +123,7 @@ def build_other_model(
     Raises:
         ValueError: If it cannot be loaded, reads other tokens or images, or is a reference for other labels.
 
-    Its head is put into the order of the labels where it has the same ones.
+    The head of a reference is put into the order of the labels.
     """
     other = dataclasses.replace(model, model=source, peft=False)
     try:
@@ -142,21 +142,21 @@ def build_other_model(
         )
     if getattr(config, "pad_token_id", None) is None and hasattr(processor, "pad_token_id"):
         config.pad_token_id = processor.pad_token_id
-    if label_names is None:
-        return build_model(other, config, None)
+    if label_names is None or name != "reference_model":  # whose head is not trained any more
+        return build_model(other, config, label_names)
     own = [label for _, label in sorted(config.id2label.items())]
     are_named = own != [f"LABEL_{i}" for i in range(len(own))]
-    if name == "reference_model" and (len(own) != len(label_names) or are_named and set(own) != set(label_names)):
+    if len(own) != len(label_names) or are_named and set(own) != set(label_names):
         raise ValueError(
             f"`{name}: {source}` tells the labels {', '.join(own)} apart, and `train_dataset` has {', '.join(label_names)}. A frozen "
             "reference must know these: train it on them, or use `reference: dynamic`."
         )
-    if name == "reference_model" and not are_named:
+    if not are_named:
         logger.warning(
             "`%s: %s` does not name its labels; they are taken to be %s.", name, source, ", ".join(label_names)
         )
     built = build_model(other, config, label_names)
-    if are_named and own != label_names and set(own) == set(label_names):
+    if are_named and own != label_names:
         _reorder_head(built, f"`{name}: {source}`", [own.index(label) for label in label_names])
     return built
 

@@ -155,7 +155,7 @@ def _check_settings(
             raise ValueError(
                 f"`push_subset: {job.push_subset}` must be `namespace/name`, your user name or an organisation first."
             )
-        if get_token() is None:
+        if get_token() is None and not job.dry_run:
             raise ValueError(
                 "There is no token for `push_subset`. Run `hf auth login`, or set the environment variable HF_TOKEN."
             )

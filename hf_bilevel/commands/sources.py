@@ -69,12 +69,10 @@ def _load_all(argument: str, given: str, streaming: bool) -> dict[str, Any]:
             loaded = loaded if isinstance(loaded, dict) else {"train": loaded}
             return {name: part.to_iterable_dataset() if streaming else part for name, part in loaded.items()}
         source = str(path)
-        kinds = Counter(
-            file.suffix for file in path.rglob("*") if file.suffix in FILES and not file.name.startswith(".")
-        )
-        if (
-            len({FILES[suffix] for suffix in kinds}) > 1 and not (path / "README.md").is_file()
-        ):  # which may name the files
+        files = [file for file in path.rglob("*") if file.suffix in FILES and not file.name.startswith(".")]
+        kinds = Counter(file.suffix for file in files)
+        names_its_files = (path / "README.md").is_file()
+        if len({FILES[suffix] for suffix in kinds}) > 1 and not names_its_files:
             found = ", ".join(f"{num} of {suffix}" for suffix, num in kinds.items())
             logger.warning(
                 "`%s: %s` holds files of several kinds (%s), of which one alone is read.", argument, given, found

@@ -452,10 +452,10 @@ class BilevelMixin(CheckpointMixin):
             outputs = self.model(**batch)
             own = outputs["loss"] if isinstance(outputs, dict) else outputs[0]
             judged_by = self._mean_loss(self.model, batch)
-        rough = self.args.bf16 or self.args.fp16 or self.args.tf32 or own.dtype != torch.float32
-        agree = torch.isclose(
-            own.float(), judged_by.float(), rtol=1e-2 if rough else 2e-4, atol=1e-3 if rough else 1e-5
-        )
+        rough = self.args.bf16 or self.args.fp16 or next(self.model.parameters()).dtype != torch.float32
+        rough = rough or torch.get_float32_matmul_precision() != "highest"
+        tolerances = {"rtol": 1e-2, "atol": 1e-3} if rough else {"rtol": 2e-4, "atol": 1e-5}
+        agree = torch.isclose(own.float(), judged_by.float(), **tolerances)
         if bool(own.isfinite()) and not agree:  # rows without labels have no loss of their own
             warnings.warn(
                 f"`{type(self.model).__name__}` reports a loss of {float(own):.4g} on its first samples and would be "

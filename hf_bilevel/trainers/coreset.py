@@ -307,7 +307,8 @@ class CoresetMixin(BilevelMixin):
         free = torch.ones(num, dtype=torch.bool)
         if self.required_ids is None:
             return free.nonzero().flatten()
-        size, given = self._in_rows(self.bilevel_config.size), np.asarray(self.required_ids)
+        size, given = self._in_rows(self.bilevel_config.size), self.required_ids
+        given = given.cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
         if given.ndim != 1 or given.size and given.dtype.kind not in "iu":
             raise TypeError(
                 "`required_ids` must be a list of row numbers of `train_dataset`, got "

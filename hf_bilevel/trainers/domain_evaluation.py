@@ -89,9 +89,8 @@ class DomainEvaluationMixin(BilevelMixin):
         loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
-            if (
-                self.compute_sample_losses is not None or self._logits_of_loss is None
-            ):  # of generated tokens there are none
+            # Beside generated tokens no logits were made by way of a loss.
+            if self.compute_sample_losses is not None or self._logits_of_loss is None:
                 units = self._losses(model, inputs)
             else:
                 units = sample_losses_from_logits(self.model, self._logits_of_loss, inputs)

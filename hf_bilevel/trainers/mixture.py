@@ -642,9 +642,7 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
         def objective(reference: nn.Module, k: int) -> Iterator[Tensor]:
             for batch, multipliers in zip(steps[k]["batches"], steps[k]["multipliers"], strict=True):
                 yield self._repeated_loss(reference, batch, multipliers, steps[k])
-            with preserved_buffers(
-                reference
-            ):  # until its backward pass is over: running statistics would not shrink with 1 / λ
+            with preserved_buffers(reference):  # till after its backward: what they move does not shrink with 1 / λ
                 yield self._mean_loss(reference, self._draw_target_batch()) / penalty
 
         def use_recorded_rates(optimizer: torch.optim.Optimizer, k: int) -> None:
