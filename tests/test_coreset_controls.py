@@ -195,6 +195,17 @@ def test_greedy_improves_its_weights(controls: ModuleType) -> None:
     assert sorted(ids.tolist()) == list(range(12)), "the whole pool, judged on itself"
 
 
+def test_greedy_goes_on_from_what_is_required(controls: ModuleType) -> None:
+    problem = Ridge()
+    whole, _ = controls.greedy(problem.kernel, problem.labels, 6, weight_steps=0)
+    required = whole[:3].flip(0)
+    ids, weights = controls.greedy(problem.kernel, problem.labels, 6, weight_steps=0, required=required)
+    assert ids.tolist() == [*required.tolist(), *whole[3:].tolist()] and (weights == 1).all()
+    assert controls.greedy(problem.kernel, problem.labels, 6, required=torch.empty(0, dtype=torch.int64))[0].equal(
+        controls.greedy(problem.kernel, problem.labels, 6)[0]
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Streams
 

@@ -429,9 +429,10 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
         elif not self._is_stream:
             counts = torch.bincount(self._domain_ids, minlength=num)
             if empty := [name for name, count in zip(names, counts.tolist(), strict=True) if count == 0]:
+                more = f" and {len(empty) - 10} others" if len(empty) > 10 else ""
                 raise ValueError(
-                    f"`train_dataset` has no sample of {len(empty)} domains, {', '.join(map(str, empty[:10]))}. Take them out of "
-                    "`domain_names`, or of the dict of datasets; domains that are numbers must be 0, 1, 2 and so on, others, such as "
+                    f"`train_dataset` has no sample of the domains {empty[:10]}{more}. Take them out of `domain_names`, or of the "
+                    "dict of datasets; domains that are numbers must be 0, 1, 2 and so on, others, such as "
                     "years, strings."
                 )
             self._shares = counts.double() / counts.sum()

@@ -59,7 +59,7 @@ steps what a search of a few minutes on a CPU affords.
 `wrong_share` is the share of wrong labels in the coreset (in the memory at the end), `imbalance` (without a stream
 of tasks) the size of its largest class over that of its smallest, a missing one counting as 1, `seconds` the time of
 the choice, without the net that embeddings come from. `gain/TASK/ARM` is the accuracy of pbcs less that of the arm,
-paired by seed, `gain_both/TASK/ARM` that of pbcs_both.
+paired by seed, `gain_both/TASK/ARM` that of pbcs_both, `gain_beside/TASK/ARM` that of pbcs_beside.
 """
 
 import argparse
@@ -861,7 +861,7 @@ def summarise(rows: list[dict]) -> dict[str, float]:
                 key = f"{kind}/{task}/{arm}"
                 summary[key], summary[f"{key}/std"] = mean_and_std(found)
     accuracies = {(row["task"], row["arm"], row["seed"]): row["accuracy"] for row in rows}
-    for ours, name in (("pbcs", "gain"), ("pbcs_both", "gain_both")):
+    for ours, name in (("pbcs", "gain"), ("pbcs_both", "gain_both"), ("pbcs_beside", "gain_beside")):
         for task, arm in pairs:
             gains = [
                 accuracies[task, ours, seed] - accuracy

@@ -685,7 +685,21 @@ def coresets() -> str:
         ("pixels", "text"),
     )
     tables = [lines for group in groups if (lines := coreset_lines(group))]
-    return "\n\n".join("\n".join(lines) for lines in tables)
+    summary = load("coreset")["summary"]
+    names = {
+        "split": "SplitMNIST",
+        "split_noise": "with 20 % wrong labels",
+        "split_tenth": "with a tenth kept",
+        "permuted": "PermMNIST",
+    }
+    others = {"pbcs": "separate searches", "greedy": "greedy", "greedy_beside": "greedy beside the memory"}
+    gains = [
+        f"{name} "
+        + ", ".join(f"{plus_minus(summary, f'gain_beside/{task}/{o}', 100)} ({title})" for o, title in others.items())
+        for task, name in names.items()
+    ]
+    beside = f"Points of the search beside the memory less those of others, paired by seed: {'; '.join(gains)}."
+    return "\n\n".join(["\n".join(lines) for lines in tables] + [beside])
 
 
 def coreset_speed() -> str:
