@@ -1,5 +1,6 @@
 """Models and tasks beyond the usual ones: what their own losses, layers and batches ask of the methods."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -317,6 +318,101 @@ def test_domains_are_evaluated_beside_generation(tmp_path: Path) -> None:
 
 def _ndim(predictions: Any) -> int:
     return (predictions[0] if isinstance(predictions, tuple) else predictions).ndim
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_losses_of_domains_are_those_of_the_head_however_they_are_found(smoothing: float, tmp_path: Path) -> None:
+    data, losses = make_dataset("llama", 16), []
+    for captured in (True, False):
+        trainer = MixtureTrainer(
+            model=make_model("llama"),
+            args=arguments(tmp_path, label_smoothing_factor=smoothing),
+            train_dataset=data,
+            eval_dataset=data,
+            bilevel_config=MixtureConfig(domain_column="source", mixture="uniform"),
+        )
+        if not captured:  # as beside generation
+            trainer.prediction_step = partial(_without_logits, trainer, trainer.prediction_step)
+        metrics = trainer.evaluate()
+        losses.append([metrics[f"eval_{name}_loss"] for name in ("web", "books", "code")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def _without_logits(trainer: Trainer, step: Any, *args: Any, **kwargs: Any) -> Any:
+    trainer.compute_loss = partial(_forgetting, trainer, type(trainer).compute_loss)
+    return step(*args, **kwargs)
+
+
+def _forgetting(trainer: Trainer, compute_loss: Any, *args: Any, **kwargs: Any) -> Any:
+    found = compute_loss(trainer, *args, **kwargs)
+    trainer._kept_logits.clear()
+    return found
+
+
+def test_no_logits_are_kept_after_an_evaluation(tmp_path: Path) -> None:
+    data = make_dataset("llama", 16)
+    trainer = MixtureTrainer(
+        model=make_model("llama"),
+        args=arguments(tmp_path),
+        train_dataset=data,
+        bilevel_config=MixtureConfig(domain_column="source", mixture="uniform"),
+    )
+    for evaluated in (data, data.remove_columns("source"), {"one": data}):
+        trainer.evaluate(evaluated)
+        assert trainer._kept_logits is None
+
+
+class OnlyLogits(nn.Module):
+    """A user's model, whose loss is the trainer's."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.layer, self.kind = nn.Linear(2, 2), kind
+
+    def forward(self, x: torch.Tensor) -> Any:
+        logits = self.layer(x)
+        return {"tuple": (logits,), "tensor": logits, "dict": {"logits": logits}}[self.kind]
+
+
+def own_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0] if isinstance(outputs, tuple) else outputs
+    return nn.functional.cross_entropy(logits, labels)
+
+
+def own_losses(model: nn.Module, batch: Any) -> torch.Tensor:
+    logits = model.layer(batch["x"])
+    return nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
+
+
+@pytest.mark.parametrize("kind", ["tuple", "tensor", "dict"])
+def test_models_without_a_loss_are_evaluated_by_domain(kind: str, tmp_path: Path) -> None:
+    rows = {"x": torch.randn(9, 2, generator=torch.Generator().manual_seed(0)).tolist(), "labels": [0, 1, 1] * 3}
+    data = Dataset.from_dict({**rows, "source": ["a", "b", "b"] * 3})
+    trainer = MixtureTrainer(
+        model=OnlyLogits(kind),
+        args=arguments(tmp_path, label_names=["labels"]),
+        train_dataset=data,
+        bilevel_config=MixtureConfig(domain_column="source", mixture="uniform"),
+        compute_loss_func=own_loss,
+        compute_sample_losses=own_losses,
+    )
+    metrics = trainer.evaluate(data)
+    expected = own_losses(trainer.model, {"x": torch.tensor(rows["x"]), "labels": torch.tensor(rows["labels"])})
+    assert metrics["eval_a_loss"] == pytest.approx(float(expected[::3].detach().mean()), rel=1e-5)
+    assert trainer.evaluate(data.remove_columns("source"))["eval_loss"] > 0
+
+
+def test_settings_of_tf32_that_pytorch_does_not_read_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> str:
+        raise RuntimeError("mix of the legacy and new APIs")
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", refuse)
+    BladeTrainer(
+        model=make_model("bert"),
+        args=arguments(tmp_path),
+        train_dataset=make_dataset("bert", 16),
+        target_dataset=make_dataset("bert", 8),
+    )
 
 
 def test_domains_are_evaluated_where_other_outputs_stand_first(tmp_path: Path) -> None:

@@ -145,19 +145,24 @@ def build_other_model(
     if label_names is None or name != "reference_model":  # whose head is not trained any more
         return build_model(other, config, label_names)
     own = [label for _, label in sorted(config.id2label.items())]
-    are_named = own != [f"LABEL_{i}" for i in range(len(own))]
-    if len(own) != len(label_names) or are_named and set(own) != set(label_names):
+    here, there = ([label.casefold() for label in labels] for labels in (label_names, own))
+    are_named = own != [f"LABEL_{i}" for i in range(len(own))] and label_names != [str(i) for i in range(len(own))]
+    if len(own) != len(label_names) or are_named and (sorted(there) != sorted(here) or len(set(here)) < len(here)):
         raise ValueError(
             f"`{name}: {source}` tells the labels {', '.join(own)} apart, and `train_dataset` has {', '.join(label_names)}. A frozen "
             "reference must know these: train it on them, or use `reference: dynamic`."
         )
     if not are_named:
         logger.warning(
-            "`%s: %s` does not name its labels; they are taken to be %s.", name, source, ", ".join(label_names)
+            "`%s: %s` has the labels %s; they are taken to be %s.",
+            name,
+            source,
+            ", ".join(own),
+            ", ".join(label_names),
         )
     built = build_model(other, config, label_names)
-    if are_named and own != label_names:
-        _reorder_head(built, f"`{name}: {source}`", [own.index(label) for label in label_names])
+    if are_named and there != here:
+        _reorder_head(built, f"`{name}: {source}`", [there.index(label) for label in here])
     return built
 
 

@@ -155,7 +155,7 @@ def _check_settings(
             raise ValueError(
                 f"`push_subset: {job.push_subset}` must be `namespace/name`, your user name or an organisation first."
             )
-        if get_token() is None and not job.dry_run:
+        if args.process_index == 0 and get_token() is None and not job.dry_run:
             raise ValueError(
                 "There is no token for `push_subset`. Run `hf auth login`, or set the environment variable HF_TOKEN."
             )
@@ -202,6 +202,9 @@ def _make_trainer(
         from hf_bilevel.commands.sft import BladeSFTTrainer as trainer_class
     if getattr(model_config, "pad_token_id", None) is None and hasattr(processor, "pad_token_id"):
         model_config.pad_token_id = processor.pad_token_id  # a classifier looks for the last token before it
+    if getattr(job, "reference_model", None) is not None and config.reference != "static":
+        logger.warning("`reference_model` is ignored with `reference: %s`.", config.reference)
+        job = dataclasses.replace(job, reference_model=None)
     others = {
         name: build_other_model(name, getattr(job, name), model, processor, prepared.label_names)
         for name in ("reference_model", "search_model")

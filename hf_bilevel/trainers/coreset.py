@@ -683,7 +683,7 @@ class CoresetMixin(BilevelMixin):
             state = torch.load(path, map_location="cpu", weights_only=True)
             weights = torch.load(folder / INITIALISATION_NAME, map_location="cpu", weights_only=True, mmap=True)
             num_pool, fingerprint, seed = state["num_pool"], state["fingerprint"], state["seed"]
-            required = state["required_ids"]
+            required = state.get("required_ids", torch.empty(0, dtype=torch.int64))
             config, search = state["config"], state["search"]
         except FileNotFoundError as error:
             raise ValueError(f"There is no search to resume in `{folder}`: {error.filename} is missing.") from None
@@ -787,6 +787,11 @@ class CoresetMixin(BilevelMixin):
                 f"The coreset of `{checkpoint}` is of a pool of {subset.num_pool} samples with the fingerprint "
                 f"{subset.fingerprint}; `train_dataset` has {pool[0]} and {pool[1]}. Prepare the pool in the same way, or search "
                 "anew."
+            )
+        if not torch.isin(self._required(), subset.ids).all():
+            raise ValueError(
+                f"The coreset of `{checkpoint}` lacks samples that `required_ids` names: it is of a search without them. Give the same "
+                "ones, or search anew."
             )
         return subset
 

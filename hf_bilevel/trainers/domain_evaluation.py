@@ -11,12 +11,14 @@ from torch.utils.data import DataLoader
 
 from hf_bilevel.core.mixture import domain_means
 from hf_bilevel.data import SAMPLE_ID, DataCollatorWithOrigin, NumberedDataset, pop_origin, read_domains
-from hf_bilevel.losses import TOKEN_HEADS, find_head, sample_losses_from_logits
+from hf_bilevel.losses import TOKEN_HEADS, find_head, sample_losses_from_logits, unit_losses
 from hf_bilevel.trainers.base import BilevelMixin
 
 
 class DomainEvaluationMixin(BilevelMixin):
     """Evaluates every domain of a dataset by itself, in the pass that the Trainer makes anyway."""
+
+    _kept_logits: list[Tensor] | None = None  # while a step is evaluated by domain
 
     def evaluate(
         self,
@@ -85,16 +87,17 @@ class DomainEvaluationMixin(BilevelMixin):
         if SAMPLE_ID not in inputs:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         origin = pop_origin(inputs)
-        self._logits_of_loss = None
-        loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad():
-            # Beside generated tokens no logits were made by way of a loss.
-            if self.compute_sample_losses is not None or self._logits_of_loss is None:
-                units = self._losses(model, inputs)
-            else:
-                units = sample_losses_from_logits(self.model, self._logits_of_loss, inputs)
-        self._logits_of_loss = None
+        self._kept_logits = [] if self.compute_sample_losses is None else None
+        try:
+            loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
+            inputs = self._prepare_inputs(inputs)
+            with torch.no_grad():
+                if self._kept_logits:
+                    units = sample_losses_from_logits(self.model, self._kept_logits[0], inputs)
+                else:  # beside generated tokens no logits were made by way of a loss
+                    units = unit_losses(model, inputs, "sample", compute_sample_losses=self.compute_sample_losses)
+        finally:
+            self._kept_logits = None
         rows = (units.losses, units.counts, origin.domain_ids.to(units.losses.device))
         # Not a sum of each process: the last batch may repeat rows to be full.
         losses, counts, domain_ids = self.accelerator.gather_for_metrics(rows)
@@ -107,9 +110,12 @@ class DomainEvaluationMixin(BilevelMixin):
     ) -> Any:
         """Compute the Trainer's loss; an evaluation step takes its logits by name, as other outputs may stand in front of them."""
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if return_outputs and not model.training:
+        if return_outputs and self._kept_logits is not None:
             outputs = found[1]
-            self._logits_of_loss = outputs.get("logits") if isinstance(outputs, Mapping) else outputs[1]
+            if isinstance(outputs, tuple) and len(outputs) > 1:
+                self._kept_logits.append(outputs[1])
+            elif isinstance(outputs, Mapping) and outputs.get("logits") is not None:
+                self._kept_logits.append(outputs["logits"])
         return found
 
     def _add_domain_metrics(self, metrics: dict[str, float], losses: dict[str, float], prefix: str) -> None:

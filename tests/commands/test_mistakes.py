@@ -52,6 +52,20 @@ def test_a_reference_is_read_by_the_names_of_its_labels(tiny, data, common, tmp_
     assert torch.allclose(trainer.reference_model.eval()(**rows).logits, expected, atol=1e-6)
 
 
+def test_a_reference_whose_labels_are_written_otherwise(tiny, data, common, tmp_path: Path) -> None:
+    model = save_reference(tmp_path / "reference", ["Neither", "GOOD", "Bad"])
+    trainer = run("blade", with_reference(tiny, data, common, tmp_path / "reference"))
+    rows = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
+    assert torch.allclose(trainer.reference_model.eval()(**rows).logits, model(**rows).logits.flip(1), atol=1e-6)
+
+
+def test_a_reference_that_is_ignored_is_not_loaded(tiny, data, common, tmp_path: Path, caplog) -> None:
+    argv = with_reference(tiny, data, common, tmp_path / "nothing")
+    argv[argv.index("static")] = "dynamic"
+    assert run("blade", argv).reference_model is None
+    assert "`reference_model` is ignored with `reference: dynamic`" in caplog.text
+
+
 def test_a_reference_for_other_labels_is_refused(tiny, data, common, tmp_path: Path) -> None:
     save_reference(tmp_path / "other", ["joy", "anger", "fear"])
     message = message_of(["blade", *with_reference(tiny, data, common, tmp_path / "other")])
@@ -67,7 +81,7 @@ def test_a_reference_that_names_no_labels_is_taken_and_that_is_said(
 ) -> None:
     save_reference(tmp_path / "reference", 3)
     run("blade", with_reference(tiny, data, common, tmp_path / "reference"))
-    assert "does not name its labels; they are taken to be bad, good, neither" in caplog.text
+    assert "has the labels LABEL_0, LABEL_1, LABEL_2; they are taken to be bad, good, neither" in caplog.text
 
 
 def test_labels_of_a_model_come_in_the_order_of_their_ids() -> None:
@@ -136,6 +150,17 @@ def test_numbers_of_the_training_arguments(line: str, message: str, tmp_path: Pa
     )
     (tmp_path / "r.yaml").write_text(needed + line + "\n")
     assert message in message_of(["blade", str(tmp_path / "r.yaml")])
+
+
+def test_numbers_as_labels_take_the_order_of_a_reference(tiny, data, common, tmp_path: Path, caplog) -> None:
+    save_reference(tmp_path / "reference", ["no", "maybe", "yes"])
+    for part, num in (("pool", 24), ("target", 9)):
+        rows = [{"text": "a few words " * (1 + i % 3), "label": i % 3} for i in range(num)]
+        (tmp_path / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = ["--train_dataset", str(tmp_path / "pool.jsonl"), "--target_dataset", str(tmp_path / "target.jsonl")]
+    static = ["--reference", "static", "--reference_model", str(tmp_path / "reference")]
+    run("blade", ["--model", tiny["bert"], *CLASSIFY, *given, *common, *static])
+    assert "has the labels no, maybe, yes; they are taken to be 0, 1, 2" in caplog.text
 
 
 def test_what_an_upload_needs_is_asked_for_before_the_training(

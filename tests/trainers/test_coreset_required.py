@@ -179,3 +179,25 @@ def test_a_pool_that_is_exchanged_is_checked_again(tmp_path: Path) -> None:
 def test_without_a_search_they_are_ignored_and_that_is_said(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="`required_ids` is ignored with `size='pool'`"):
         build(tmp_path, {"size": "pool"}, trainer_kwargs={"required_ids": REQUIRED})
+
+
+def test_a_coreset_that_lacks_them_is_not_trained_on(tmp_path: Path) -> None:
+    before = build(tmp_path, save_strategy="steps", save_steps=2, trainer_kwargs={"required_ids": REQUIRED})
+    before.train()
+    again = build(tmp_path, save_strategy="steps", save_steps=2, trainer_kwargs={"required_ids": REQUIRED[:2]})
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    dropped = min(set(range(64)) - set(before.selected_subset().ids.tolist()))
+    other = build(tmp_path, save_strategy="steps", save_steps=2, trainer_kwargs={"required_ids": [dropped]})
+    with pytest.raises(ValueError, match="lacks samples that `required_ids` names"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_search_of_before_is_resumed(tmp_path: Path) -> None:
+    settings = {**RESUMABLE, "engine": "kernel"}
+    expected = build(tmp_path / "whole", settings).search()
+    interrupted(tmp_path / "part", settings)
+    path = tmp_path / "part" / "coreset_search" / "state.pt"
+    state = torch.load(path, weights_only=True)
+    del state["required_ids"]
+    torch.save(state, path)
+    assert same(build(tmp_path / "part", settings).search(resume_from_checkpoint=True), expected)
