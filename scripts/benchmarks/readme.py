@@ -120,7 +120,7 @@ CORESET_ARMS = {
     "pbcs_both": "**... judged on the pool too** (`pool_share=0.5`)",
     "pbcs_beside": "**... beside the memory of earlier tasks** (`required_ids`)",
     "pbcs_initial": "... with the kernel at the initial weights",
-    "pbcs_at_size": "... with that, and its search begun at the size (3 seeds)",
+    "pbcs_at_size": "... with that, and its search begun at the size",
     "pbcs_trained": "CoresetTrainer, training a small network for each mask (3 seeds)",
     "uniform": "uniform",
     "reservoir": "reservoir sampling",
