@@ -145,9 +145,10 @@ def build_other_model(
     if label_names is None or name != "reference_model":  # whose head is not trained any more
         return build_model(other, config, label_names)
     own = [label for _, label in sorted(config.id2label.items())]
-    here, there = ([label.casefold() for label in labels] for labels in (label_names, own))
+    fold = str.casefold if len({label.casefold() for label in label_names}) == len(label_names) else str
+    here, there = ([fold(label) for label in labels] for labels in (label_names, own))
     are_named = own != [f"LABEL_{i}" for i in range(len(own))] and label_names != [str(i) for i in range(len(own))]
-    if len(own) != len(label_names) or are_named and (sorted(there) != sorted(here) or len(set(here)) < len(here)):
+    if len(own) != len(label_names) or are_named and sorted(there) != sorted(here):
         raise ValueError(
             f"`{name}: {source}` tells the labels {', '.join(own)} apart, and `train_dataset` has {', '.join(label_names)}. A frozen "
             "reference must know these: train it on them, or use `reference: dynamic`."
