@@ -690,6 +690,7 @@ def coresets() -> str:
         "split": "SplitMNIST",
         "split_noise": "with 20 % wrong labels",
         "split_tenth": "with a tenth kept",
+        "split_tenth_noise": "with both",
         "permuted": "PermMNIST",
     }
     others = {"pbcs": "separate searches", "greedy": "greedy", "greedy_beside": "greedy beside the memory"}
