@@ -25,6 +25,7 @@ from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
 
 from hf_bilevel.cards import ROWS_PATH, SELECTION_PATH, dataset_card
+from hf_bilevel.identity import is_dataset_of
 from hf_bilevel.plots import domain_shares, kept_against_dropped
 
 FACTS_NAME = "subset.json"
@@ -58,6 +59,8 @@ class SelectedSubset:
         domain_ids: Domain of each, ``(n,)``, int64, or None.
         domain_names: Names of the domains, by their ids; None without domains.
         fingerprint: The dataset's fingerprint if it is a ``datasets.Dataset``, else None.
+        rows_checksum: ``hf_bilevel.identity.rows_checksum`` of the dataset, by which it is known where its fingerprint has changed,
+            as that of a file does that was moved; None to go by the fingerprint alone.
         facts: Where the selection came from, as JSON-compatible values; a trainer's ``selected_subset`` fills them in. Add
             what only you know, for the card: ``facts["metrics"]``, a dict of numbers, and ``facts["controls"]``, a dict of such
             dicts, for instance ``{"random": {"accuracy": 0.71}}``.
@@ -88,6 +91,7 @@ class SelectedSubset:
     domain_ids: Tensor | None = None
     domain_names: list[str] | None = None
     fingerprint: str | None = None
+    rows_checksum: str | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -96,8 +100,9 @@ class SelectedSubset:
             raise ValueError(f"`num_pool` must be the length of a dataset, got {self.num_pool!r:.200}.")
         if not (names is None or isinstance(names, list) and all(isinstance(name, str) for name in names)):
             raise ValueError(f"`domain_names` must be a list of strings or None, got {names!r:.200}.")
-        if not (self.fingerprint is None or isinstance(self.fingerprint, str)):
-            raise ValueError(f"`fingerprint` must be a string or None, got {self.fingerprint!r:.200}.")
+        for name in ("fingerprint", "rows_checksum"):
+            if not isinstance(value := getattr(self, name), str | None):
+                raise ValueError(f"`{name}` must be a string or None, got {value!r:.200}.")
         if not isinstance(self.facts, dict):
             raise ValueError(f"`facts` must be a dict, got {self.facts!r:.200}.")
         for name, values in self._columns().items():
@@ -144,19 +149,20 @@ class SelectedSubset:
             Its selected rows.
 
         Raises:
-            ValueError: If it is another dataset, by length or fingerprint. The fingerprint of a file depends on its path as it was
-                given and on its time, that of a dataset on how it was prepared.
+            ValueError: If it is another dataset, by its length, or by its fingerprint and its rows as far as
+                ``rows_checksum`` compares them. The fingerprint alone depends on the file's path as it was given and on its time.
             TypeError: If it is a stream.
         """
         if isinstance(pool, datasets.IterableDataset):
             raise TypeError("Rows cannot be taken out of a stream by their ids: load the dataset without `streaming`.")
         if len(pool) != self.num_pool:
             raise ValueError(f"The subset was selected from {self.num_pool} rows and this dataset has {len(pool)}.")
-        fingerprint = getattr(pool, "_fingerprint", None)
-        if self.fingerprint is not None and fingerprint != self.fingerprint:
+        if self.fingerprint is not None and not is_dataset_of(pool, self.fingerprint, self.rows_checksum):
+            compared = "its rows may differ" if self.rows_checksum is None else "its rows or columns differ"
             raise ValueError(
                 f"The subset was selected from the dataset with fingerprint {self.fingerprint} and this one has "
-                f"{fingerprint}: its rows may differ. Load and prepare it in the same way, or index it with `ids` yourself."
+                f"{getattr(pool, '_fingerprint', None)}: {compared}. Load and prepare it in the same way, or index it with `ids` "
+                "yourself."
             )
         return pool.select(self.ids.tolist())
 
@@ -179,6 +185,7 @@ class SelectedSubset:
             "num_rows": len(self),
             "num_pool": self.num_pool,
             "fingerprint": self.fingerprint,
+            "rows_checksum": self.rows_checksum,
             "domain_names": self.domain_names,
             "facts": self.facts,
         }
@@ -254,7 +261,8 @@ class SelectedSubset:
                 if column in there
             }
             keys = ("num_pool", "domain_names", "fingerprint", "facts")
-            return cls(**columns, **{key: facts[key] for key in keys})
+            checksum = facts.get("rows_checksum")  # earlier versions wrote none
+            return cls(**columns, rows_checksum=checksum, **{key: facts[key] for key in keys})
         except Exception as error:  # pyarrow and torch raise a dozen kinds for a damaged file
             raise ValueError(f"`{path}` and `{rows_path}` do not make a selected subset: {error}") from error
 

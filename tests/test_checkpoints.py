@@ -153,6 +153,18 @@ def test_other_data_of_the_same_size_is_said(method: str, tmp_path: Path, caplog
     assert "`target_dataset` changed since the checkpoint: {'num': 10, 'fingerprint':" in caplog.text
 
 
+def test_data_from_a_file_that_was_moved_is_no_other_data(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make(tmp_path).train()
+    again = make(tmp_path)
+    for name in ("train_dataset", "target_dataset"):
+        dataset = getattr(again, name)
+        before = dataset._fingerprint
+        dataset._fingerprint = f"of another path than {before}"
+    with caplog.at_level(logging.WARNING, logger="hf_bilevel"):
+        again.train(resume_from_checkpoint=True)
+    assert "changed since the checkpoint" not in caplog.text
+
+
 @pytest.fixture
 def other_versions(tmp_path: Path) -> Iterator[Path]:
     make(tmp_path).train()

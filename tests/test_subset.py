@@ -16,12 +16,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from hub_server import TOKEN, Hub, Repository, running_hub
 from huggingface_hub.errors import LocalTokenNotFoundError, RepositoryNotFoundError
 from PIL import Image
 
 from hf_bilevel import SelectedSubset, load_selected_subset
+from hf_bilevel.identity import rows_checksum
 from hf_bilevel.subset import dataset_facts, ranking_facts
 
 # How huggingface_hub 2.4 sends a file by LFS.
@@ -63,7 +64,7 @@ def same(a: SelectedSubset, b: SelectedSubset) -> bool:
             return False
         if x is not None and x.dtype != y.dtype:
             return False
-    names = ("num_pool", "domain_names", "fingerprint", "facts")
+    names = ("num_pool", "domain_names", "fingerprint", "rows_checksum", "facts")
     return all(getattr(a, name) == getattr(b, name) for name in names)
 
 
@@ -128,6 +129,32 @@ def test_another_dataset_is_noticed() -> None:
         subset.to_dataset(other)
 
 
+def test_a_file_that_was_moved_is_the_same_dataset(tmp_path: Path) -> None:
+    def load(name: str, labels: list[int]) -> Dataset:
+        (tmp_path / name).write_text("".join(f'{{"label": {label}}}\n' for label in labels), encoding="utf-8")
+        return load_dataset("json", data_files=str(tmp_path / name), split="train", cache_dir=str(tmp_path / "cache"))
+
+    dataset, moved, other = (
+        load("a.json", [5, 6, 7, 8, 9]),
+        load("b.json", [5, 6, 7, 8, 9]),
+        load("c.json", [6, 5, 7, 8, 9]),
+    )
+    assert len({dataset._fingerprint, moved._fingerprint, other._fingerprint}) == 3
+    SelectedSubset(IDS, 5, fingerprint=dataset._fingerprint, rows_checksum=rows_checksum(dataset)).save(tmp_path)
+    subset = SelectedSubset.load(tmp_path)
+    assert subset.to_dataset(moved)["label"][:] == [9, 5, 8]
+    with pytest.raises(ValueError, match="and this one has .*: its rows or columns differ. Load and prepare"):
+        subset.to_dataset(other)
+
+
+def test_files_of_earlier_versions_have_no_checksum_of_rows(tmp_path: Path) -> None:
+    whole().save(tmp_path)
+    facts = json.loads((tmp_path / "subset.json").read_text(encoding="utf-8"))
+    del facts["rows_checksum"]
+    (tmp_path / "subset.json").write_text(json.dumps(facts), encoding="utf-8")
+    assert same(SelectedSubset.load(tmp_path), whole())
+
+
 # Files -----------------------------------------------------------------------------------------------------------------
 
 
@@ -164,8 +191,8 @@ def test_files_are_readable_without_this_package(tmp_path: Path) -> None:
     facts = json.loads((tmp_path / "subset.json").read_text(encoding="utf-8"))
     assert len(facts.pop("sha256")) == 64
     assert facts == {
-        "format_version": 1, "num_rows": 3, "num_pool": 5, "fingerprint": pool()._fingerprint, "domain_names": NAMES,
-        "facts": FACTS,
+        "format_version": 1, "num_rows": 3, "num_pool": 5, "fingerprint": pool()._fingerprint, "rows_checksum": None,
+        "domain_names": NAMES, "facts": FACTS,
     }  # fmt: skip
     rows = Dataset.from_parquet(str(tmp_path / "subset.parquet"))
     assert rows["id"][:] == [4, 0, 3] and rows.features["domain"].names == NAMES

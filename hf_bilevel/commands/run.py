@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import os
 import shutil
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,7 @@ from hf_bilevel.commands.plan import describe
 from hf_bilevel.commands.prepare import PreparedData, prepare
 from hf_bilevel.commands.recipe import parse
 from hf_bilevel.commands.sources import AnyDataset, explain_split, load_datasets
+from hf_bilevel.identity import rows_checksum
 from hf_bilevel.subset import SelectedSubset, dataset_facts
 from hf_bilevel.trainers.blade import BladeConfig, BladeMixin, BladeTrainer
 from hf_bilevel.trainers.bros import BrosConfig, BrosMixin, BrosTrainer
@@ -38,6 +40,7 @@ from hf_bilevel.trainers.coreset import CoresetConfig, CoresetMixin, CoresetTrai
 from hf_bilevel.trainers.mixture import MixtureConfig, MixtureTrainer
 
 SUBSET_FOLDER = "selected_subset"
+PACKAGE = Path(__file__).parents[1]
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +88,7 @@ def run(name: str, argv: list[str] | None = None) -> Trainer | None:
     Returns:
         The trainer after training, None after a dry run.
 
-    A setting that is refused ends the process, with the reason (``SystemExit``).
+    A setting, or a checkpoint, that is refused ends the process, with the reason (``SystemExit``).
     """
     command, prog = COMMANDS[name], f"hf-bilevel {name}"
     classes = (ModelArguments, DataArguments, command.arguments, TrainingArguments, command.config)
@@ -106,7 +109,8 @@ def run(name: str, argv: list[str] | None = None) -> Trainer | None:
                 print(describe(name, (model, data, job, args, config), prepared.parts, empty))
             return None
         trainer = _make_trainer(command, job, model, args, config, prepared, processor, model_config)
-    _train(trainer, args)
+    with _refusals_without_traceback(prog, of_others=False):
+        _train(trainer, args)
     subset = None
     if prepared.rows is not None:
         subset = _save_subset(trainer, job, pool, prepared.rows, prog)
@@ -124,11 +128,14 @@ def run(name: str, argv: list[str] | None = None) -> Trainer | None:
 
 
 @contextmanager
-def _refusals_without_traceback(prog: str) -> Iterator[None]:
-    """Show the user what was refused before training, and why, without fifty lines of where."""
+def _refusals_without_traceback(prog: str, of_others: bool = True) -> Iterator[None]:
+    """Show the user what was refused and why, without fifty lines of where; while training only what this package refuses."""
     try:
         yield
     except ValueError as error:
+        *_, raised_in = traceback.extract_tb(error.__traceback__)
+        if not of_others and not Path(raised_in.filename).is_relative_to(PACKAGE):
+            raise
         raise SystemExit(f"{prog}: {error}") from error
 
 
@@ -305,5 +312,6 @@ def in_rows_of(pool: AnyDataset, subset: SelectedSubset, rows: np.ndarray) -> Se
         ids=torch.from_numpy(rows)[subset.ids],
         num_pool=len(pool),
         fingerprint=pool._fingerprint,
+        rows_checksum=rows_checksum(pool),
         facts={**subset.facts, "dataset": dataset_facts(pool)},
     )

@@ -33,6 +33,7 @@ from hf_bilevel.data import (
     private_randomness,
     read_domains,
 )
+from hf_bilevel.identity import rows_checksum
 from hf_bilevel.losses import (
     IGNORE_INDEX,
     TOKEN_HEADS,
@@ -674,8 +675,8 @@ class BilevelMixin(CheckpointMixin):
             facts["domains"] = dict(
                 zip(("names", "pool", "subset"), [names, *(c.tolist() for c in counts)], strict=True)
             )
-        fingerprint = getattr(pool, "_fingerprint", None)
-        return SelectedSubset(ids, num_pool, domain_names=names, fingerprint=fingerprint, facts=facts, **columns)
+        columns |= {"fingerprint": getattr(pool, "_fingerprint", None), "rows_checksum": rows_checksum(pool)}
+        return SelectedSubset(ids, num_pool, domain_names=names, facts=facts, **columns)
 
     def _model_name(self) -> str:
         """Name the model as a reader elsewhere can: a local folder by its own name only, one without a name by its class."""

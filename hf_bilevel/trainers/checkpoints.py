@@ -20,6 +20,7 @@ from torch import nn
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_bilevel.identity import is_dataset_of, rows_checksum
 from hf_bilevel.trainers.config import BilevelConfig
 
 STATE_NAME = "bilevel_state.pt"
@@ -240,7 +241,11 @@ class CheckpointMixin:
         """Say what tells one pool, or target dataset, from another; streams have nothing of the kind."""
         data = {"train_dataset": self.train_dataset, "target_dataset": self.target_dataset}
         return {
-            name: {"num": len(dataset), "fingerprint": getattr(dataset, "_fingerprint", None)}
+            name: {
+                "num": len(dataset),
+                "fingerprint": getattr(dataset, "_fingerprint", None),
+                "rows_checksum": rows_checksum(dataset),
+            }
             for name, dataset in data.items()
             if hasattr(dataset, "__len__") and not isinstance(dataset, datasets.IterableDataset)
         }
@@ -278,7 +283,11 @@ class CheckpointMixin:
 
     def _check_data(self, checkpoint: str, before: dict[str, dict[str, Any]]) -> None:
         now = self._data_identity()
-        for name in [name for name in before if name in now and before[name] != now[name]]:
+        for name in [name for name in before if name in now]:
+            if before[name]["num"] == now[name]["num"] and is_dataset_of(
+                getattr(self, name), before[name]["fingerprint"], before[name].get("rows_checksum")
+            ):
+                continue
             if name == "train_dataset" and before[name]["num"] != now[name]["num"]:
                 raise ValueError(
                     f"`{checkpoint}` is of a run on {before[name]['num']} samples, and `train_dataset` has {now[name]['num']}: what "

@@ -36,6 +36,7 @@ from hf_bilevel.core.coreset import (
 )
 from hf_bilevel.core.selection import num_selected
 from hf_bilevel.data import CollatedRows, derive_seed, private_randomness
+from hf_bilevel.identity import is_dataset_of, rows_checksum
 from hf_bilevel.inner_training import (
     OPTIMIZERS,
     BatchedEngine,
@@ -671,6 +672,7 @@ class CoresetMixin(BilevelMixin):
                 "config": self.bilevel_config.to_dict(),
                 "num_pool": len(self.train_dataset),
                 "fingerprint": getattr(self.train_dataset, "_fingerprint", None),
+                "rows_checksum": rows_checksum(self.train_dataset),
                 "seed": self._seed,
                 "required_ids": self._required(),
                 "search": progress.state_dict(),
@@ -690,7 +692,8 @@ class CoresetMixin(BilevelMixin):
         except Exception as error:  # torch.load raises a dozen kinds for a damaged file
             raise ValueError(f"`{folder}` cannot be read ({type(error).__name__}: {error}). Start anew.") from error
         mine = (len(self.train_dataset), getattr(self.train_dataset, "_fingerprint", None), self._seed)
-        if (num_pool, fingerprint, seed) != mine:
+        is_mine = is_dataset_of(self.train_dataset, fingerprint, state.get("rows_checksum"))
+        if (num_pool, seed) != (mine[0], mine[2]) or not is_mine:
             raise ValueError(
                 f"`{path}` is of a search in a pool of {num_pool} samples with the fingerprint {fingerprint} and the seed {seed}; "
                 f"here they are {mine[0]}, {mine[1]} and {mine[2]}. Prepare the pool in the same way, or search anew."
@@ -781,12 +784,12 @@ class CoresetMixin(BilevelMixin):
 
     def _subset_of_checkpoint(self, checkpoint: str) -> SelectedSubset:
         subset = SelectedSubset(**self._read_state(checkpoint)["shared"]["subset"])
-        pool = (len(self.train_dataset), getattr(self._pool_as_given(), "_fingerprint", None))
-        if (subset.num_pool, subset.fingerprint) != pool:
+        pool, num_pool = self._pool_as_given(), len(self.train_dataset)
+        if subset.num_pool != num_pool or not is_dataset_of(pool, subset.fingerprint, subset.rows_checksum):
             raise ValueError(
                 f"The coreset of `{checkpoint}` is of a pool of {subset.num_pool} samples with the fingerprint "
-                f"{subset.fingerprint}; `train_dataset` has {pool[0]} and {pool[1]}. Prepare the pool in the same way, or search "
-                "anew."
+                f"{subset.fingerprint}; `train_dataset` has {num_pool} and {getattr(pool, '_fingerprint', None)}. Prepare the pool "
+                "in the same way, or search anew."
             )
         if not torch.isin(self._required(), subset.ids).all():
             raise ValueError(

@@ -113,13 +113,13 @@ ARMS_OF = {
     "imbalance50": (*JUDGED, *BOTH),
     "transfer": (*CHOOSERS, INITIAL, "full"),
     "split": (*CHOOSERS, *BESIDE),
-    "split_noise": (*CHOOSERS, *BESIDE),
+    "split_noise": (*CHOOSERS, *BESIDE, *BOTH),
     "split_tenth": (*CHOOSERS, *BESIDE),
-    "split_tenth_noise": (*CHOOSERS, *BESIDE),
+    "split_tenth_noise": (*CHOOSERS, *BESIDE, *BOTH),
     "permuted": (*CHOOSERS, *BESIDE),
-    "permuted_noise": (*CHOOSERS, *BESIDE),
+    "permuted_noise": (*CHOOSERS, *BESIDE, *BOTH),
     "streaming": ("reservoir", "uniform", "best20", "greedy", "pbcs"),
-    "streaming_noise": ("reservoir", "uniform", "best20", "greedy", "pbcs"),
+    "streaming_noise": ("reservoir", "uniform", "best20", "greedy", "pbcs", *BOTH),
     "pixels": ("uniform", "best20", "variance", "mutual_information", "pbcs", "full"),
     "text": (*JUDGED, *BOTH),
 }
@@ -516,7 +516,7 @@ def shrink(arm: str, problem: Problem, ids: Tensor, size: int, others: list[Prob
     A search tells which samples belong together, and nothing about their order. Its searches for smaller sizes, judged as
     the first, could all be made when the first is: they need nothing that comes later.
     """
-    if arm not in ("pbcs", "pbcs_beside") or size >= len(ids):
+    if arm not in ("pbcs", "pbcs_both", "pbcs_beside") or size >= len(ids):
         return ids[:size]
     among = replace(problem, inputs=problem.inputs[ids], labels=problem.labels[ids], size=size, target=problem.judge)
     return ids[choose_beside(arm, among, others)]

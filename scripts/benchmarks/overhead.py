@@ -3,6 +3,7 @@
     python scripts/benchmarks/overhead.py --output scripts/benchmarks/results/overhead.json    # about 30 minutes, 1 thread
     python scripts/benchmarks/overhead.py --full_size --rounds 3 --output scripts/benchmarks/results/overhead_full_size.json  # as long
     python scripts/benchmarks/overhead.py --models llama --output FILE    # which keeps its rows of other models
+    python scripts/benchmarks/overhead.py --models llama --add --output FILE    # and adds rounds to those it has of this one
     python scripts/benchmarks/overhead.py --smoke
 
 The small models show what does not grow with the model; `--full_size` takes ViT-S on 64 patches and SmolLM2-135M instead, with
@@ -370,6 +371,17 @@ def measure(
     ]
 
 
+def with_earlier_rounds(rows: list[dict], earlier: list[dict]) -> list[dict]:
+    """Put the rounds of an earlier run in front of those of the same model, arm and seed; seconds are those of the last run."""
+    known = {(row["model"], row["arm"], row["seed"]): row["ratios"] for row in earlier}
+    together = []
+    for row in rows:
+        ratios = known.get((row["model"], row["arm"], row["seed"]), []) + row["ratios"]
+        spread = {"ratio": statistics.median(ratios), "ratio_range": [min(ratios), max(ratios)], "ratios": ratios}
+        together.append(row | spread)
+    return together
+
+
 def summarise(rows: list[dict]) -> dict[str, float]:
     """Medians over all rounds of all seeds, with the standard deviation of a round."""
     summary = {}
@@ -404,6 +416,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--rounds", type=int, help="alternations of the arms for each seed; 10, or 2 with --smoke")
     parser.add_argument("--models", nargs="+", choices=[*MODELS, *FULL_SIZE], help="all of this size by default")
     parser.add_argument("--output", help="JSON file to write; one there keeps its rows of other models")
+    parser.add_argument("--add", action="store_true", help="keep the rounds that the file has of these models, too")
     options = parser.parse_args(argv)
     arms_of = FULL_SIZE if options.full_size else MODELS
     names = options.models or list(arms_of)
@@ -417,19 +430,22 @@ def main(argv: list[str] | None = None) -> dict:
         batch_sizes = dict.fromkeys(batch_sizes, 4)
     warnings.filterwarnings("ignore", "The subspaces of")  # of so short a run cover little
     with repeatable():
-        rows, rounds_of, targets = [], {}, FULL_SIZE_TARGETS if options.full_size else TARGETS
+        rows, earlier, targets = [], [], FULL_SIZE_TARGETS if options.full_size else TARGETS
         if options.output is not None and Path(options.output).exists():
             before = json.loads(Path(options.output).read_text(encoding="utf-8"))
             rows = [row for row in before["rows"] if row["model"] not in names]
-            rounds_of = {row["model"]: len(row["ratios"]) for row in rows}
+            earlier = [row for row in before["rows"] if row["model"] in names] if options.add else []
         for seed in range(options.seeds):
             for name in names:
-                arms, rounds_of[name] = arms_of[name], rounds
+                arms = arms_of[name]
                 settings = steps, rounds, options.smoke
-                rows += measure(name, ("plain", *arms), seed, batch_sizes[name], *settings)
+                rows += with_earlier_rounds(
+                    measure(name, ("plain", *arms), seed, batch_sizes[name], *settings), earlier
+                )
                 if not options.full_size:
                     large = measure(name, ("plain", "bros"), seed, LARGE * batch_sizes[name], *settings)
-                    rows += [row | {"arm": f"{row['arm']}_large"} for row in large]
+                    rows += with_earlier_rounds([row | {"arm": f"{row['arm']}_large"} for row in large], earlier)
+        rounds_of = {row["model"]: len(row["ratios"]) for row in rows}
         config = {
             **{"smoke": options.smoke, "full_size": options.full_size, "seeds": options.seeds, "rounds": rounds_of},
             **{"timed_steps": steps, "batch_sizes": batch_sizes, "selection_ratio": RATIO, "threads": 1},

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from hf_bilevel import BladeTrainer, SelectedSubset
+from hf_bilevel import BladeTrainer, SelectedSubset, load_selected_subset
 from hf_bilevel.commands.main import main
 from hf_bilevel.commands.run import run
 
@@ -225,6 +225,30 @@ def test_a_run_is_resumed(tiny, data, common) -> None:
     trainer = run("blade", [*argv, "--max_steps", "3", "--resume_from_checkpoint", "true"])
     assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3]
     assert trainer.state.global_step == 3 and trainer.state.max_steps == 3
+
+
+def test_a_checkpoint_that_cannot_be_resumed_is_refused_without_a_traceback(tiny, data, common) -> None:
+    argv = ["--model", tiny["base"], *places(data), *common, "--resume_from_checkpoint", "true"]
+    with pytest.raises(SystemExit, match="^hf-bilevel blade: No checkpoint in .* can be resumed from. There is none."):
+        run("blade", argv)
+
+
+def test_what_breaks_elsewhere_keeps_its_traceback(tiny, data, common, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: object, *args: object, **kwargs: object) -> None:
+        raise ValueError("a defect")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", broken)
+    with pytest.raises(ValueError, match="a defect"):
+        run("blade", ["--model", tiny["base"], *places(data), *common])
+
+
+def test_the_subset_of_a_file_that_was_moved(tiny, data, common, tmp_path: Path) -> None:
+    trainer = run("blade", ["--model", tiny["base"], *places(data), *common])
+    subset = load_selected_subset(Path(trainer.args.output_dir) / "selected_subset")
+    copy = tmp_path / "elsewhere.jsonl"
+    copy.write_bytes(Path(data["pool.jsonl"]).read_bytes())
+    pool = datasets.load_dataset("json", data_files=str(copy), split="train", cache_dir=str(tmp_path / "cache"))
+    assert pool._fingerprint != subset.fingerprint and len(subset.to_dataset(pool)) == len(subset)
 
 
 @pytest.fixture

@@ -150,7 +150,17 @@ VALUES = st.one_of(
     700,
     changes=st.dictionaries(
         st.sampled_from(
-            ["format_version", "num_rows", "num_pool", "fingerprint", "domain_names", "facts", "sha256", "x"]
+            [
+                "format_version",
+                "num_rows",
+                "num_pool",
+                "fingerprint",
+                "rows_checksum",
+                "domain_names",
+                "facts",
+                "sha256",
+                "x",
+            ]
         ),
         VALUES,
         min_size=1,

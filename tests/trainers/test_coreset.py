@@ -654,6 +654,15 @@ def test_a_search_of_another_pool_is_not_resumed(tmp_path: Path) -> None:
         build(tmp_path, RESUMABLE, train_dataset=make_dataset("vit", 64, seed=4)).search(resume_from_checkpoint=True)
 
 
+def test_a_pool_from_a_file_that_was_moved_is_resumed(tmp_path: Path) -> None:
+    moved = make_dataset("vit", 64)
+    moved._fingerprint = "of another path"
+    interrupted(tmp_path, RESUMABLE)
+    build(tmp_path, RESUMABLE, train_dataset=moved).search(resume_from_checkpoint=True)
+    build(tmp_path, save_strategy="steps", save_steps=2).train()
+    build(tmp_path, train_dataset=moved).train(str(tmp_path / "checkpoint-2"))
+
+
 def test_a_coreset_of_another_pool_is_not_trained_on(tmp_path: Path) -> None:
     build(tmp_path, save_strategy="steps", save_steps=2).train()
     with pytest.raises(ValueError, match="is of a pool of 64 samples"):
