@@ -129,8 +129,8 @@ class KernelEngine:
 
     def _blocks(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         num_parameters = sum(p.numel() for p in self._trained.values())
-        rows_at_once = max(1, BLOCK_NUMBERS // num_parameters)
-        blocks, upper_blocks = (torch.arange(len(rows)).split(rows_at_once) for rows in (self.pool, self.upper))
+        at_once = rows_at_once(num_parameters)
+        blocks, upper_blocks = (torch.arange(len(rows)).split(at_once) for rows in (self.pool, self.upper))
         if len(blocks) > MANY_BLOCKS:
             warnings.warn(
                 f"The tangent kernel of {num_parameters:,} trained parameters is computed in {len(blocks)} blocks, which takes "
@@ -241,6 +241,22 @@ def num_draws(num_trainings: int) -> int:
         [3, 3, 4, 3, 5]
     """
     return max(1, num_trainings) * math.ceil(NUM_DRAWS / max(1, num_trainings))
+
+
+def rows_at_once(num_parameters: int) -> int:
+    """Count the rows whose gradients are held at once: as many as fit into 1 GiB, one at least.
+
+    Args:
+        num_parameters: That are trained.
+
+    Returns:
+        Rows of a block.
+
+    Example:
+        >>> [rows_at_once(num) for num in (10_000, 12_000_000, 10**9)]
+        [26843, 22, 1]
+    """
+    return max(1, BLOCK_NUMBERS // num_parameters)
 
 
 class _Logits(nn.Module):

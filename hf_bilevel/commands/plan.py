@@ -13,7 +13,7 @@ from hf_bilevel.commands.sources import AnyDataset
 from hf_bilevel.core.selection import num_selected
 from hf_bilevel.derivatives import LowerBlocks
 from hf_bilevel.losses import LM_HEADS, find_head
-from hf_bilevel.tangent_kernel import num_draws
+from hf_bilevel.tangent_kernel import num_draws, rows_at_once
 from hf_bilevel.trainers.blade import BladeConfig
 from hf_bilevel.trainers.bros import BrosConfig
 from hf_bilevel.trainers.config import BilevelConfig
@@ -77,7 +77,9 @@ def describe(method: str, settings: Settings, parts: dict[str, AnyDataset], mode
     Returns:
         Settings that differ from their defaults, the arithmetic of batches, cost and memory, as text.
     """
-    *_, args, config = settings
+    *_, job, args, config = settings
+    if getattr(job, "mixture_file", None) is not None:
+        config = dataclasses.replace(config, mixture="uniform")  # fixed, so as many passes
     num_pool = num_trained = _length(parts["train"])
     if isinstance(config, CoresetConfig) and config.size != "pool" and num_pool is not None:
         num_trained = min(num_pool, _in_rows(config.size, num_pool))
@@ -168,7 +170,9 @@ def _cost(
     load = Load(batches.rows_per_step, batches.steps, args.train_batch_size, args.world_size)
     plain = load.plain_passes
     if isinstance(config, CoresetConfig):
-        search = _coreset_search(config, num_pool, _length(parts["target"]) if "target" in parts else None)
+        num_target = _length(parts["target"]) if "target" in parts else None
+        num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        search = _coreset_search(config, num_pool, num_target, num_parameters)
         on_pool = TRAINING * batches.rows_per_step * Batches(num_pool, args).steps
         return [
             f"search: {search:,.0f}",
@@ -185,14 +189,16 @@ def _cost(
     ]
 
 
-def _coreset_search(config: CoresetConfig, num_pool: int, num_target: int | None) -> float:
+def _coreset_search(config: CoresetConfig, num_pool: int, num_target: int | None, num_parameters: int) -> float:
     if config.size == "pool":
         return 0.0
     num_upper = num_pool if num_target is None else num_target
     masked = min(num_pool, _in_rows(config.size, num_pool))
     training = config.inner_steps * TRAINING * min(config.inner_batch_size or masked, masked)
-    if config.engine == "kernel":  # in one block; masks take no pass
-        gradients = num_draws(config.kernel_trainings) * TRAINING * (num_pool + (num_target or 0))
+    if config.engine == "kernel":  # each block of rows beside all that come after it; masks take no pass
+        starts = range(0, num_pool, rows_at_once(num_parameters))
+        rows = sum(num_pool - start for start in starts) + len(starts) * (num_target or 0)
+        gradients = num_draws(config.kernel_trainings) * TRAINING * rows
         return float(config.kernel_trainings * training + gradients)
     compared = min(config.num_upper_rows or num_upper, num_upper)
     at_the_end = max(1, config.num_final_masks) + NUM_UNIFORM
@@ -223,7 +229,16 @@ def _memory(args: TrainingArguments, config: BilevelConfig, model: nn.Module, nu
         adapter = is_peft_model(model)
         found["reference, " + ("a second adapter" if adapter else "a copy")] = gradients if adapter else weights
         found["its optimizer, while it is trained"] = states
-    if isinstance(config, CoresetConfig) and config.size != "pool":
+    if (
+        isinstance(config, CoresetConfig)
+        and config.size != "pool"
+        and config.engine == "kernel"
+        and num_pool is not None
+    ):
+        at_once = min(num_pool, rows_at_once(sum(p.numel() for p in trained)))
+        found["gradients of two blocks of rows, while the kernel is made"] = 2 * at_once * gradients
+        found["matrices of pool by pool"] = (3 if config.pool_share else 2) * 8 * num_pool**2
+    elif isinstance(config, CoresetConfig) and config.size != "pool":
         found[f"search, one model of {config.num_masks} at a time; the batched engine holds all"] = 4 * gradients
     total = sum(value for value in found.values() if value is not None)
     lines = [f"{name}: {'not known' if value is None else f'{value / 2**20:,.1f}'}" for name, value in found.items()]

@@ -317,8 +317,8 @@ class BladeMixin(ReferenceMixin):
     def _check_token_setup(self) -> None:
         if self._is_of_trl and not self._is_sft:
             raise ValueError(
-                "Of TRL's trainers only `SFTTrainer` has a loss over tokens that can be selected. Use `granularity='sample'` with a "
-                "padding collator."
+                "Of TRL's trainers only `SFTTrainer` has a loss over tokens that can be selected: one over pairs or rollouts has none of "
+                "its own for a sample or a token. Train with TRL alone, or select beforehand and pass it `selected_subset`."
             )
         if self._is_sft and not self.model_accepts_loss_kwargs:
             raise ValueError(

@@ -1005,8 +1005,9 @@ class CoresetTrainer(CoresetMixin, Trainer):
 
     Cost of an outer step: C trainings of ``inner_steps`` forward and backward passes of about K rows, and C forward passes of the
     upper rows; at the end one training, or ``num_final_masks``, and ten of uniform draws to compare with. With the kernel
-    ``kernel_trainings`` of these trainings and three forward and backward passes of the pool and upper rows once, then :math:`O(n k^2)` for each mask of k of n rows. Memory
-    beside the pool: the initialisation, gradients and optimizer state; with the batched engine C times that of a training.
+    ``kernel_trainings`` of these trainings and three forward and backward passes of the pool and upper rows once, (b + 1) / 2 times
+    as many where the gradients of the pool (4 bytes for each row and trained parameter) fill b blocks of 1 GiB; then
+    :math:`O(n k^2)` for each mask of k of n rows. Memory beside the pool: the initialisation, gradients and optimizer state; with the batched engine C times that of a training.
     Processes share the masks, with one gather of C numbers a step.
 
     Logged, with the outer step as step: ``coreset/upper_loss``, the mean over the masks in nats (squared distance with the kernel); ``coreset/expected_size``;

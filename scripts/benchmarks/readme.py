@@ -197,11 +197,16 @@ def plus_minus(summary: dict, key: str, scale: float = 1.0, digits: int = 1) -> 
 def noisy_labels() -> str:
     report = load("noisy_labels")
     summary, config = report["summary"], report["config"]
+    few = int(config["candidates"] * config["selection_ratio"])
     lines = [
         f"{config['num_pool']:,} MNIST digits of which half have a wrong label, {config['num_target']} clean ones as the "
         f"target dataset, a small ResNet, {config['steps']} steps for every arm, {config['seeds']} seeds (mean ± standard "
         "deviation of the accuracy on 1,000 test digits, in %). *Gap closed*: 0 is all data, 100 the correct labels only. "
-        "*Stopped early*: the checkpoint with the best accuracy on the target dataset.",
+        "*Stopped early*: the checkpoint with the best accuracy on the target dataset. *Averaged weights*: an exponential average over "
+        f"the run. A step has {config['candidates']} rows for all data and the first passes of BROS, {few} for the correct labels only and "
+        f"second passes, and {few} selected of {config['candidates']} for the others, so that *random, same ratio* is the control of second passes "
+        f"too. The learning rate is a constant {config['learning_rate']}, but for the first passes of BROS, where it falls to 0 (in subspaces from "
+        f"{max(config['bros_learning_rate'].values())}).",
         "",
         "| | last weights | gap closed | averaged weights | stopped early | wrong labels among the selected |",
         "|---|---|---|---|---|---|",
@@ -244,9 +249,10 @@ def noisy_labels() -> str:
         lines += [
             f"| how often BLADE selects a sample | {plus_minus(summary, 'auroc/blade', digits=3)} | | |",
             "",
-            "With a table BROS and MA-SOBA train a fresh model twice, for half of the steps each; with a network once. A second pass "
-            "takes as many steps again. Their settings were chosen on seed 0, the network's on seeds 0 and 1. In full space networks that "
-            f"gave nearly all samples the weight 1: {len(equal)} of {config['seeds']}.",
+            f"With a table, BROS and MA-SOBA make two runs of {config['steps'] // 2} steps, the second with a fresh model and the weights learned "
+            f"so far; with a network one of {config['steps']}. A second pass takes {config['steps']} more. Their settings were chosen on seed 0, the "
+            f'network\'s on seeds 0 and 1. In full space (`rank="full"`, MA-SOBA) the network gave nearly all samples the weight 1 on {len(equal)} of '
+            f"{config['seeds']} seeds.",
         ]
     return "\n".join(lines)
 
@@ -256,7 +262,7 @@ def shift_table(report: dict) -> list[str]:
     seeds = {arm: len([row for row in report["rows"] if row["arm"] == arm]) for arm in SHIFT_ARMS}
     most = max(seeds.values())
     lines = [
-        "| | perplexity, same steps | log less all tokens | less static reference | off target among the trained | forward-equivalents | "
+        "| | perplexity, same steps | log-perplexity less that of all tokens | less that of the static reference | off target among the trained | forward-equivalents | "
         "perplexity at those of all tokens |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -334,7 +340,7 @@ def lm_eval() -> str:
 
 
 def overhead() -> str:
-    lines, rounds = ["| | seconds, ratio to `Trainer` | limit by counting passes |", "|---|---|---|"], set()
+    lines, rounds = ["| | seconds, ratio to `Trainer` | predicted by counting passes |", "|---|---|---|"], set()
     for name, arms in {"overhead_full_size": FULL_SIZE_ARMS, "overhead": OVERHEAD_ARMS}.items():
         report = load(name)
         summary = report["summary"]
@@ -361,7 +367,8 @@ def overhead() -> str:
         "(`overhead_full_size.json`); the other ViT and Llama are small, with 8 rows (`overhead.json`). Medians of "
         f"{' to '.join(map(str, sorted({min(rounds), max(rounds)})))} rounds "
         "that take turns with the `Trainer`, ± their standard deviation, one seed. For products of gradients only the linear layers "
-        "of the blocks are trained. Scoring is from `memory.json`.",
+        "of the blocks are trained. Of the passes a forward counts 1 and a backward 2; a step can be above (work beside the passes) or below (BROS "
+        "takes its gradients in subspaces). Scoring is from `memory.json`.",
     ]
     return "\n".join(lines)
 
@@ -617,17 +624,13 @@ def coreset() -> str:
     search_seconds = round(report["summary"]["seconds/clean/pbcs"])
     summary = report["summary"]
 
-    names = {"pairwise20": "20 % of the next class", "text": "text with 20 % wrong labels"}
-
-    def ahead(name: str, controls: tuple[str, ...]) -> str:
-        parts = []
-        for task in ("clean", "noise20", "pairwise20", "imbalance50", "text"):
+    def ahead(name: str, controls: tuple[str, ...]) -> list[str]:
+        cells = []
+        for task in (*columns, "text"):
             known = [arm for arm in controls if f"{name}/{task}/{arm}" in summary]
-            if known:
-                best = min(known, key=lambda arm: summary[f"{name}/{task}/{arm}"])
-                gain = plus_minus(summary, f"{name}/{task}/{best}", 100)
-                parts.append(f"{names.get(task, CORESET_TASKS[task].removeprefix('... '))} {gain}")
-        return "; ".join(parts)
+            best = min(known, key=lambda arm: summary[f"{name}/{task}/{arm}"], default=None)
+            cells.append(plus_minus(summary, f"{name}/{task}/{best}", 100))
+        return cells
 
     def of_text(arm: str) -> str:
         return plus_minus(summary, f"accuracy/text/{arm}", 100)
@@ -639,6 +642,14 @@ def coreset() -> str:
     seeds_ahead = sum(clean["pbcs", seed] > clean["greedy", seed] for arm, seed in clean if arm == "pbcs")
 
     controls = tuple(arm for arm in CORESET_ARMS if not arm.startswith("pbcs") and arm not in ("full", "target"))
+    ahead_table = [
+        "| | " + " | ".join([*(CORESET_TASKS[task] for task in columns), "text"]) + " |",
+        "|---|" + "---|" * (len(columns) + 1),
+        *(
+            f"| {CORESET_ARMS[arm]} | {' | '.join(ahead(name, controls))} |"
+            for arm, name in (("pbcs", "gain"), ("pbcs_both", "gain_both"))
+        ),
+    ]
     return "\n".join(
         [
             f"{config['size']} of {config['num_pool']:,} MNIST digits for the convolutional network of the paper, mean ± standard "
@@ -652,11 +663,14 @@ def coreset() -> str:
             *coreset_lines(columns),
             "",
             "100 of 1,000 snippets of six kinds of text for MiniLM, 20 % with a wrong label, 60 clean rows as the target dataset: "
-            f"{of_text('pbcs_both')} with `pool_share=0.5` and {of_text('pbcs')} without it; greedy {of_text('greedy')}, herding {of_text('herding')}, uniform "
+            f"{of_text('pbcs_both')} with `pool_share=0.5` and {of_text('pbcs')} without it; greedy {of_text('greedy')}, judged on the pool too {of_text('greedy_both')}, herding {of_text('herding')}, uniform "
             f"{of_text('uniform')}, the clean rows alone {of_text('target')}, the whole pool {of_text('full')}.",
             "",
-            f"Less the best of the other rules (the clean rows alone and the whole pool aside), paired by seed: {ahead('gain', controls)} points; with `pool_share=0.5` "
-            f"{ahead('gain_both', controls)}. Where labels are wrong, the pool should judge too. Where nothing is wrong, the trainings "
+            "Points ahead of the best other rule, paired by seed (a minus: behind; the clean rows alone and the whole pool are no rules):",
+            "",
+            *ahead_table,
+            "",
+            "Where labels are wrong, the pool should judge too. Where nothing is wrong, the trainings "
             f"in front of the kernel put the search ahead of greedy bilevel selection, which takes seconds, on {seeds_ahead} of "
             f"{seeds['clean']} seeds, and make its coreset one for this network: a perceptron learns {of_transfer('pbcs')} from it, "
             f"{of_transfer('pbcs_initial')} from that of the kernel at the initial weights and {of_transfer('greedy')} from greedy's. "

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from hf_bilevel import tangent_kernel
 from hf_bilevel.commands import run as run_module
 from hf_bilevel.commands.main import main
 from hf_bilevel.commands.run import run
@@ -152,6 +153,28 @@ def test_cost_of_a_coreset_by_the_tangent_kernel(tiny, data, common, capsys) -> 
     # Of two combinations after each of two trainings of 7 steps on 10 rows.
     total, _ = cost(dry("coreset", tiny, data, common, capsys, *more, "2", "--inner_steps", "7", model="bert"))
     assert total == 2 * 7 * 3 * 10 + 4 * 3 * (40 + 12) + 2 * 3 * 8
+
+
+def test_a_kernel_of_many_parameters_takes_more_passes(tiny, data, common, capsys, monkeypatch) -> None:
+    size = sum(
+        p.numel() for p in AutoModelForSequenceClassification.from_pretrained(tiny["bert"], num_labels=3).parameters()
+    )
+    monkeypatch.setattr(tangent_kernel, "BLOCK_NUMBERS", 15 * size)  # 40 rows in blocks of 15, 15 and 10
+    more = ["--task", "sequence_classification", "--size", "10", "--engine", "kernel"]
+    printed = dry("coreset", tiny, data, common, capsys, *more, model="bert")
+    total, _ = cost(printed)
+    assert total == 3 * 3 * (40 + 25 + 10 + 3 * 12) + 2 * 3 * 8
+    assert mib(printed, "gradients of two blocks of rows, while the kernel is made") == pytest.approx(
+        2 * 15 * 4 * size / 2**20, abs=0.06
+    )
+    assert mib(printed, "matrices of pool by pool") == pytest.approx(2 * 8 * 40**2 / 2**20, abs=0.06)
+
+
+def test_a_mixture_that_is_given_is_not_learned(tiny, data, common, capsys, tmp_path: Path) -> None:
+    (tmp_path / "mixture.json").write_text('{"mixture": {"web": 0.5, "books": 0.5}}')
+    more = ["--domain_column", "source", "--mixture_file", str(tmp_path / "mixture.json")]
+    printed = dry("mixture", tiny, data, common, capsys, *more)
+    assert "1.00 times the plain Trainer" in printed and "reference" not in printed
 
 
 def test_memory(tiny, data, common, capsys) -> None:
