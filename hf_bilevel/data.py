@@ -73,6 +73,11 @@ class NumberedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def set_epoch(self, epoch: int) -> None:
+        """Pass the epoch on, for datasets whose augmentation depends on it."""
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
     def _domain_id(self, index: int) -> int | None:
         return None if self.domain_ids is None else int(self.domain_ids[index])
 
@@ -146,7 +151,8 @@ class DataCollatorWithOrigin:
     """Carry sample and domain ids past a collator that knows nothing of them.
 
     Wraps any collator (default, padding, language modelling, seq2seq, vision, a lambda): takes the ids off the items,
-    calls it with exactly the items it would have had, and adds ``int64`` tensors of shape ``(n,)`` to the batch.
+    calls it with exactly the items it would have had, and adds ``int64`` tensors of shape ``(n,)`` to the batch. The rows of
+    a batch are to be in the order of the items, or of the list of items as the collator leaves it.
 
     Args:
         collator: The collator to wrap; must return a mapping.
@@ -173,7 +179,11 @@ class DataCollatorWithOrigin:
             sample_ids.append(sample_id)
             domain_ids.append(domain_id)
             items.append(item)
+        places = {id(item): place for place, item in enumerate(items)}
         batch = self.collator(items)
+        if {id(item) for item in items} == places.keys():  # a collator may have sorted the list that it was given
+            order = [places[id(item)] for item in items]
+            sample_ids, domain_ids = [sample_ids[i] for i in order], [domain_ids[i] for i in order]
         if not isinstance(batch, Mapping):
             raise TypeError(
                 f"The data collator returned a {type(batch).__name__}, to which sample ids cannot be added; it must "

@@ -44,6 +44,7 @@ class MixtureDraws:
         self.seed = seed
         num_domains = len(probabilities)
         self._number = -1  # of the epoch that was begun last
+        self._replays = False  # that epoch, when the next is begun
         self._position = 0  # draws taken from it
         self._changes: list[tuple[int, Tensor]] = []  # in it: draws taken before, probabilities
         zeros = torch.zeros(num_domains, dtype=torch.float64)
@@ -57,16 +58,18 @@ class MixtureDraws:
         self._changes.append((self._position, self.probabilities))
 
     def epoch(self, number: int, num: int) -> Iterator[tuple[int, int]]:
-        """Draw an epoch; the one begun last is replayed from its start.
+        """Draw an epoch; the first after a state was loaded replays the one begun last, if it is not over.
 
         Args:
-            number: Of the epoch.
+            number: Of the epoch, as far as is known: one that was begun before and ended early has the next.
             num: How many draws.
 
         Yields:
             A domain, and how often it was drawn before.
         """
-        if number != self._number:
+        is_replay, self._replays = self._replays and number <= self._number, False
+        number = self._number if is_replay else max(number, self._number + 1)
+        if not is_replay:
             self._number, self._changes = number, []
             self._start = (self._owed, self._taken, self.probabilities)
         owed, taken, current = self._start
@@ -107,8 +110,12 @@ class MixtureDraws:
             "probabilities": self.probabilities.clone(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], replay: bool = True) -> None:
         """Restore it.
+
+        Args:
+            state: What ``state_dict`` returned.
+            replay: Whether the epoch begun last is drawn again from its start; else the next one goes on from here.
 
         Raises:
             ValueError: If the window is another one: the batch size or the number of processes changed.
@@ -119,7 +126,7 @@ class MixtureDraws:
                 f"{self.window}, so its draws cannot be repeated. Resume with the same batch size, accumulation and number of "
                 "processes."
             )
-        self._number = state["number"]
+        self._number, self._replays = state["number"], replay
         self._changes = [(position, p.clone()) for position, p in state["changes"]]
         self._start = tuple(part.clone() for part in state["start"])
         self._owed, self._taken = (part.clone() for part in state["now"])

@@ -464,6 +464,101 @@ def check_uneven(folder: Path, case: str) -> None:
     passed(case)
 
 
+def check_statistics(folder: Path, case: str) -> None:
+    """Batch normalisation: every process scores with the first one's running statistics, and so does a resumed run."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    def once(resume: Path | None = None) -> Any:
+        torch.manual_seed(0)
+        size = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+        model = ResNetForImageClassification(ResNetConfig(num_channels=1, num_labels=4, **size))
+        return run(folder, "vit", BladeConfig(**ON), resume, model=model)  # which compares after every step
+
+    whole = once()
+    again = once(folder / "checkpoint-4")
+    assert torch.equal(parameters_of(again), parameters_of(whole)), f"{case}: resumed"
+    tallies = [trainer.sample_tally.state_dict()["selected"] for trainer in (whole, again)]
+    assert torch.equal(*tallies), f"{case}: selected"
+    passed(case)
+
+
+def check_skipped_layers(folder: Path, case: str) -> None:
+    """Layers that one process skips have a gradient on the others, and the reference is the same on all."""
+    from transformers import Wav2Vec2Config, Wav2Vec2ForSequenceClassification
+
+    torch.manual_seed(0)
+    size = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "vocab_size": 8,
+    }
+    convolutions = {"conv_dim": (8, 8), "conv_stride": (2, 2), "conv_kernel": (3, 3), "num_feat_extract_layers": 2}
+    positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "classifier_proj_size": 8}
+    config = Wav2Vec2Config(**size, **convolutions, **positions, num_labels=3, layerdrop=0.5, apply_spec_augment=False)
+    generator = torch.Generator().manual_seed(1)
+    sounds = [{"input_values": torch.randn(64, generator=generator), "labels": i % 3} for i in range(80)]
+    settings = {"check_processes": True, "selection_ratio": 0.5, "sync_steps": 2, "reference_steps": 4}
+    trainer = make_trainer(
+        BladeTrainer,
+        "vit",
+        folder,
+        model=Wav2Vec2ForSequenceClassification(config),
+        train_dataset=sounds[:64],
+        ddp_backend="gloo",
+        ddp_find_unused_parameters=True,
+        max_steps=4,
+        trainer_kwargs={"target_dataset": sounds[64:], "bilevel_config": BladeConfig(**settings)},
+    )
+    trainer.train()
+    assert trainer.state.global_step == 4
+    passed(case)
+
+
+def check_weights_when_last_seen(folder: Path, case: str) -> None:
+    """Sample weights of a network are the last that any process gave, however often the run saves."""
+    shown: dict[int, tuple[int, float]] = {}
+
+    class Recording(BrosTrainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            ids, loss = self._pending[0].sample_ids, super().training_step(*args, **kwargs)
+            shown.update(
+                {i: (self.state.global_step, w) for i, w in zip(ids.tolist(), self._table[ids].tolist(), strict=True)}
+            )
+            return loss
+
+    settings = {"rank": 0.5, "upper_variable": "network", "start_step": 0, "upper_learning_rate": 0.01}
+    for steps in (100, 2):
+        shown.clear()
+        trainer = make_trainer(
+            Recording,
+            "vit",
+            folder / str(steps),
+            ddp_backend="gloo",
+            max_steps=20,
+            save_strategy="steps",
+            save_steps=steps,
+            trainer_kwargs={
+                "target_dataset": make_dataset("vit", 16, seed=7),
+                "bilevel_config": BrosConfig(**settings),
+            },
+        )
+        trainer.train()
+        everywhere: list[Any] = [None] * NUM_PROCESSES
+        dist.all_gather_object(everywhere, shown)
+        last: dict[int, tuple[int, float]] = {}
+        for entries in everywhere:
+            for i, (step, weight) in entries.items():
+                if last.get(i, (-1, 0.0))[0] < step:
+                    last[i] = step, weight
+        ids, weights = trainer.sample_weights
+        expected = torch.tensor([last[i][1] for i in ids.tolist()])
+        assert torch.allclose(weights, expected, atol=1e-6), f"{case}: saving every {steps} steps"
+        assert len({step for step, _ in last.values()}) > 1, f"{case}: too few steps to tell"
+    passed(case)
+
+
 def check_disagreement(folder: Path, case: str) -> None:
     """What one process alone changes is noticed after that step, on all processes, and named."""
 
@@ -508,6 +603,9 @@ CASES: dict[str, Callable[[Path, str], None]] = {
     "coreset": partial(check_coreset, settings=CORESET_ON),
     "coreset kernel": partial(check_coreset, settings=KERNEL_ON, fresh=True),
     "uneven": check_uneven,
+    "statistics": check_statistics,
+    "skipped layers": check_skipped_layers,
+    "weights when last seen": check_weights_when_last_seen,
     "disagreement": check_disagreement,
 }
 

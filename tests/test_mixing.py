@@ -239,7 +239,7 @@ def test_through_a_loader(workers: int) -> None:
     loader = DataLoader(IDS, batch_size=6, sampler=sampler, num_workers=workers)
     batches = [sorted(batch.tolist()) for batch in loader]
     assert batches == [[0, 0, 1, 1, 2, 2]] * 4  # the drawn rows' domains
-    again = [sorted(batch.tolist()) for batch in loader]  # the same epoch, replayed
+    again = [sorted(batch.tolist()) for batch in loader]  # the next epoch
     assert again == batches
 
 
@@ -250,9 +250,33 @@ def test_domains_of_one_size_have_orders_of_their_own() -> None:
 
 
 def test_a_replayed_epoch_reads_the_same_rows() -> None:
-    sampler = make_sampler(3, 1, 2)
-    assert list(sampler) == list(sampler) == list(make_sampler(3, 1, 2))
-    assert list(sampler) != list(make_sampler(3, 1, 2, epoch=1))
+    sampler, resumed = make_sampler(3, 1, 2), make_sampler(3, 1, 2)
+    rows = list(sampler)
+    assert rows == list(make_sampler(3, 1, 2)) != list(make_sampler(3, 1, 2, epoch=1))
+    resumed._draws.load_state_dict(sampler._draws.state_dict())
+    assert list(resumed) == rows
+
+
+def test_an_epoch_that_ended_early_is_not_read_again() -> None:
+    sampler = make_sampler(3, 1, 2)  # always told that it is in epoch 0
+    epoch = iter(sampler)
+    first = [next(epoch) for _ in range(6)]
+    assert [row for row, _ in zip(sampler, range(6), strict=False)] != first
+
+
+def test_a_run_that_skips_no_data_goes_on_with_the_weights_of_now() -> None:
+    draws = MixtureDraws(shares(1, 1), 4, seed=0)
+    epoch = draws.epoch(0, 40)
+    for _ in range(8):
+        next(epoch)
+    draws.set_probabilities(shares(0, 1))
+    state = draws.state_dict()
+    replayed, going_on = MixtureDraws(shares(1, 1), 4, seed=0), MixtureDraws(shares(1, 1), 4, seed=0)
+    replayed.load_state_dict(state)
+    domains = [domain for domain, _ in replayed.epoch(0, 40)]
+    assert sum(domains[:8]) == 4 and domains[8:] == [1] * 32
+    going_on.load_state_dict(state, replay=False)
+    assert [domain for domain, _ in going_on.epoch(0, 40)] == [1] * 40
 
 
 # ---------------------------------------------------------------------------------------------------------------------

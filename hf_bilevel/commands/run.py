@@ -149,6 +149,10 @@ def _check_settings(
             f"{num_started} processes were started, and each would train for itself, since there are no devices for them. On CPUs "
             "add `--use_cpu`."
         )
+    if data.streaming and isinstance(config, CoresetConfig):
+        raise ValueError(
+            "No coreset can be chosen of a stream: drop `streaming`, or choose among the rows of a part of it."
+        )
     if data.streaming and args.max_steps <= 0:
         raise ValueError("A stream has no length that epochs could be counted by: set `max_steps`.")
     if job.push_subset and (data.streaming or data.pack):

@@ -220,6 +220,18 @@ def refresh_schedule(num_steps: int, dim: int, rank: int, longest: int = 200) ->
     return max(1, min(longest, int(num_steps * rank / dim / 10)))
 
 
+# Averages of gradients and the like, which mean nothing in another subspace. "z" is a position in it (schedule-free).
+_FORGOTTEN = {"exp_avg", "momentum_buffer", "grad_avg", "exp_inf", "acc_delta", "ax", "z"}
+
+
+def _is_known(name: str) -> bool:
+    return name in _FORGOTTEN or _is_second_moment(name)
+
+
+def _is_second_moment(name: str) -> bool:
+    return "sq" in name or name == "sum"  # "sum" is Adagrad's
+
+
 @torch.no_grad()
 def carry_over(state: dict[str, Tensor] | None) -> None:
     """Carry an optimizer's state on coordinates over to a fresh subspace.
@@ -228,15 +240,18 @@ def carry_over(state: dict[str, Tensor] | None) -> None:
     kept, averaged over each row: in a uniformly random subspace all coordinates of a row have the same distribution.
 
     Args:
-        state: The optimizer's state of one leaf, changed in place; None or empty before the first step. Second moments are
-            recognised by the names that PyTorch's and transformers' optimizers give them; other matrices are zeroed.
+        state: The optimizer's state of one leaf, changed in place; None or empty before the first step. Matrices are recognised by
+            the names that PyTorch's and transformers' optimizers give them. With one of another name, as bitsandbytes' have, all of
+            the state is dropped, and the optimizer begins anew.
     """
+    if any(isinstance(v, Tensor) and v.ndim == 2 and not _is_known(name) for name, v in (state or {}).items()):
+        state.clear()
     for name, value in (state or {}).items():
         if not isinstance(value, Tensor):
             continue
         if name == "exp_avg_sq_col":  # Adafactor's, one number for each coordinate
             value.fill_(value.mean())
-        elif value.ndim == 2 and ("sq" in name or name == "sum"):  # "sum" is Adagrad's
+        elif value.ndim == 2 and _is_second_moment(name):
             value.copy_(value.mean(1, keepdim=True).expand_as(value))
         elif value.ndim == 2:
             value.zero_()

@@ -95,7 +95,8 @@ def loss_coefficients(weights: Tensor, counts: Tensor, num_items: Tensor | float
 
     The loss is :math:`\sum_i w_i c_i \ell_i / N`: with all weights 1 it is the mean over all units, as the Trainer computes
     it. Normalised, the weights are first divided by their mean over the batch's units, so that a batch counts in full
-    however small its weights are; one in which all are zero does not count.
+    however small its weights are; one in which all are zero does not count, and has the derivative of weights that are not
+    normalised. Of one sample alone the weight then makes no difference.
 
     Args:
         weights: w, ``(n,)``, not negative.
@@ -113,7 +114,9 @@ def loss_coefficients(weights: Tensor, counts: Tensor, num_items: Tensor | float
         tensor([0., 0.])
     """
     if normalise:
-        # The quotient first, and exactly 1 where all weights are 1. Its largest value times a weight of zero must not be NaN.
-        numbers = torch.finfo(weights.dtype)
-        weights = weights * (counts.sum() / (weights * counts).sum().clamp(min=numbers.tiny / numbers.eps))
+        # The quotient first, and exactly 1 where all weights are 1. Where they are all zero it is a constant: its derivative would be
+        # huge there, or NaN.
+        total, numbers = (weights * counts).sum(), torch.finfo(weights.dtype)
+        none = total < numbers.tiny / numbers.eps
+        weights = weights * torch.where(none, 1.0, counts.sum() / torch.where(none, 1.0, total))
     return weights * counts / num_items

@@ -56,6 +56,7 @@ CONFIG_NAME = "bilevel_config.json"
 FACTS_NAME = "bilevel_facts.json"
 
 NUM_CHECKED_ROWS = 1000
+NUM_TRIED_ROWS = 5
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ class BilevelMixin(CheckpointMixin):
     method: ClassVar[str]
     config_class: ClassVar[type[BilevelConfig]]
     _losses_are_for: ClassVar[str] = "ranked by"
+    _numbers_rows = False  # while the training loader is made
 
     def __init__(
         self,
@@ -197,8 +199,8 @@ class BilevelMixin(CheckpointMixin):
     def _begin_training(self) -> None:
         """Reset the method's state; called at every start of the training loop, restarts included."""
 
-    def _end_training(self) -> None:
-        """Release what only training needs; called also when training fails."""
+    def _end_training(self, failed: bool) -> None:
+        """Release what only training needs; called also when training ``failed``."""
 
     def _select(self, batches: list[Any], origins: list[Origin], num_items: Any) -> tuple[list[Any], Any]:
         """Turn the candidate batches of one optimizer step into what is trained on."""
@@ -207,6 +209,15 @@ class BilevelMixin(CheckpointMixin):
     def _bilevel_metrics(self) -> dict[str, float]:
         """Return what to log since the last call; called on all ranks."""
         return {}
+
+    def _share_statistics(self, model: torch.nn.Module) -> None:
+        """Give all processes the running statistics of the first, as DDP does before every forward pass of its own."""
+        if self.args.world_size == 1 or self.is_fsdp_enabled:
+            return
+        for module in model.modules():
+            if isinstance(module, torch.nn.modules.batchnorm._NormBase):
+                for statistic in module.buffers(recurse=False):
+                    torch.distributed.broadcast(statistic, 0)
 
     @contextmanager
     def _scoring(self) -> Iterator[None]:
@@ -251,6 +262,8 @@ class BilevelMixin(CheckpointMixin):
         with private_randomness(derive_seed(self._seed), self.args.device):
             self._check_bilevel_setup()
             self._domain_ids, self.domain_names = self._find_domains()
+            if self.train_dataset is not None and not self._is_stream and not self._is_off():
+                self._check_order_of_rows()
         self._prepared_pool = self.train_dataset
 
     def _find_domains(self) -> tuple[torch.Tensor | None, list[str] | None]:
@@ -273,24 +286,37 @@ class BilevelMixin(CheckpointMixin):
         """Return the training loader, with sample and domain ids carried past the collator."""
         if self._is_off() or self.train_dataset is None:
             return super().get_train_dataloader()
-        dataset, collator = self.train_dataset, self.data_collator
-        if isinstance(dataset, datasets.Dataset):
-            columns_kept = self._remove_unused_columns(dataset, description="training")
-            self.train_dataset = NumberedDataset(columns_kept, self._domain_ids)
-        else:
-            collator = self._get_collator_with_removed_columns(collator, description="training")
-            if self._is_stream:
-                self.train_dataset = self._numbered_stream(dataset)
-            else:
-                self.train_dataset = NumberedDataset(dataset, self._domain_ids)
-        # Swapped for this call only: evaluation and the parent's own checks must see the user's objects.
-        user_dataset, user_collator = dataset, self.data_collator
-        self.data_collator = DataCollatorWithOrigin(collator)
-        self._user_dataset = user_dataset
+        self._numbers_rows = True
         try:
             return super().get_train_dataloader()
         finally:
-            self.train_dataset, self.data_collator = user_dataset, user_collator
+            self._numbers_rows = False
+
+    def _get_dataloader(
+        self, dataset: Any, description: str, batch_size: int, sampler_fn: Callable | None = None, **kwargs: Any
+    ) -> DataLoader:
+        if not self._numbers_rows:
+            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, **kwargs)
+        collator, own = self.data_collator, self.data_collator
+        if isinstance(dataset, datasets.Dataset):
+            numbered: Any = NumberedDataset(
+                self._remove_unused_columns(dataset, description="training"), self._domain_ids
+            )
+        else:
+            collator = self._get_collator_with_removed_columns(collator, description="training")
+            numbered = (
+                self._numbered_stream(dataset) if self._is_stream else NumberedDataset(dataset, self._domain_ids)
+            )
+
+        def sampler_of_the_pool(_: Any) -> Sampler | None:  # with all its columns: sampling by length reads one
+            return None if sampler_fn is None else sampler_fn(dataset)
+
+        # Swapped for this call only: evaluation must see the user's collator.
+        self.data_collator = DataCollatorWithOrigin(collator)
+        try:
+            return super()._get_dataloader(numbered, description, batch_size, sampler_of_the_pool, **kwargs)
+        finally:
+            self.data_collator = own
 
     def _numbered_stream(self, stream: Any) -> torch.utils.data.IterableDataset:
         return NumberedStream(stream, self.bilevel_config.domain_column, self.bilevel_config.domain_names)
@@ -299,11 +325,6 @@ class BilevelMixin(CheckpointMixin):
         if isinstance(data_collator, DataCollatorWithOrigin):
             return data_collator  # get_train_dataloader has removed the columns inside of it
         return super()._get_collator_with_removed_columns(data_collator, description=description)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        if isinstance(train_dataset, NumberedDataset):
-            train_dataset = self._user_dataset  # with its columns: sampling by length reads one
-        return super()._get_train_sampler(train_dataset)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """Fetch the candidate batches of one optimizer step and select from them."""
@@ -453,7 +474,7 @@ class BilevelMixin(CheckpointMixin):
             outputs = self.model(**batch)
             own = outputs["loss"] if isinstance(outputs, dict) else outputs[0]
             judged_by = self._mean_loss(self.model, batch)
-        rough = self.args.bf16 or self.args.fp16 or next(self.model.parameters()).dtype != torch.float32
+        rough = self.accelerator.mixed_precision != "no" or next(self.model.parameters()).dtype != torch.float32
         rough = rough or _multiplies_roughly()
         tolerances = {"rtol": 1e-2, "atol": 1e-3} if rough else {"rtol": 2e-4, "atol": 1e-5}
         agree = torch.isclose(own.float(), judged_by.float(), **tolerances)
@@ -479,6 +500,42 @@ class BilevelMixin(CheckpointMixin):
         if isinstance(token, int) and isinstance(batch, Mapping):
             check_images_of_rows(batch, token, num_rows)
 
+    def _check_num_rows(self, num_losses: int, num_rows: int) -> None:
+        """Refuse a batch whose losses are not those of the samples that were fetched for it."""
+        if num_losses != num_rows:
+            raise ValueError(
+                f"A batch of {num_rows} samples gave {num_losses} losses. Padding-free batches hold several samples in a row: use a "
+                "padding collator. A collator that leaves samples out must not: filter the dataset before."
+            )
+
+    def _check_order_of_rows(self) -> None:
+        """Refuse a collator that sorts: which row of a batch is which sample would not be known."""
+        dataset, collator = self._collator_for(self.train_dataset)
+        items = fetch(dataset, range(min(NUM_TRIED_ROWS, len(dataset))))
+
+        def collated(order: tuple[int, int]) -> tuple[Any, bool]:
+            given = [dict(items[i]) if isinstance(items[i], dict) else items[i] for i in order]
+            rows = list(given)
+            with private_randomness(derive_seed(self._seed), self.args.device):
+                batch = collator(rows)
+            return batch, [id(row) for row in rows] != [id(row) for row in given]
+
+        for other in range(1, len(items)):
+            try:
+                (batch, sorts_in_place), (reverse, sorts_reverse_in_place) = collated((0, other)), collated((other, 0))
+            except Exception:  # a collator that cannot do this says so in training
+                return
+            if sorts_in_place or sorts_reverse_in_place or not isinstance(batch, Mapping):
+                return
+            tensors = {k: v for k, v in batch.items() if torch.is_tensor(v) and v.ndim and len(v) == 2}
+            differ = any(not torch.equal(value[0], value[1]) for value in tensors.values())
+            if differ and all(torch.equal(value, reverse[key]) for key, value in tensors.items()):
+                raise ValueError(
+                    "The data collator returns rows in an order of its own (it gives the same batch for two samples and for the same "
+                    "two the other way round), so it cannot be known which row is which sample. Have it keep the order, or sort the list "
+                    "that it is given in place (`features.sort(...)`)."
+                )
+
     def _selects_rows(self) -> bool:
         """Say whether rows of collated batches will be picked."""
         return False
@@ -494,9 +551,12 @@ class BilevelMixin(CheckpointMixin):
             if self.train_dataset is not self._prepared_pool:
                 self._prepare_pool()
             self._begin_training()
-            return super()._inner_training_loop(batch_size, *args, **kwargs)
-        finally:
-            self._end_training()
+            output = super()._inner_training_loop(batch_size, *args, **kwargs)
+        except BaseException:
+            self._end_training(failed=True)
+            raise
+        self._end_training(failed=False)
+        return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with the method's metrics beside the training loss."""

@@ -1,7 +1,6 @@
 """BLADE: train on the samples or tokens on which the model does worst compared with a dynamic reference model."""
 
 import math
-import sys
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -388,6 +387,7 @@ class BladeMixin(ReferenceMixin):
             self._remember(batches)
         if step < self.bilevel_config.start_step:
             return batches, num_items
+        self._share_statistics(self.model)
         if self._reference_kind == "dynamic":
             self._synchronise_if_due(step)
         with private_randomness(derive_seed(self._seed, step, rank), self.args.device), self._scoring():
@@ -471,11 +471,7 @@ class BladeMixin(ReferenceMixin):
         keeps, excluded_before = [], self._sums[4:].clone()
         scored = self._score(prepared, self.bilevel_config.score, lengths)
         for (scores, valid), origin in zip(scored, origins, strict=True):
-            if len(scores) != len(origin):
-                raise ValueError(
-                    f"A batch of {len(origin)} samples gave {len(scores)} losses. Padding-free batches hold several "
-                    "samples in a row: use a padding collator."
-                )
+            self._check_num_rows(len(scores), len(origin))
             keep = top_units(scores, valid, num_selected(ratio, len(origin)))
             self._record(origin, valid.long(), keep.long(), scores, scores, valid, keep)
             keeps.append(keep)
@@ -573,6 +569,7 @@ class BladeMixin(ReferenceMixin):
     def _select_tokens(self, units: UnitLosses, origin: Origin, plan: Tensor | None) -> tuple[Tensor, Tensor]:
         """Choose by the token losses of the training forward: which tokens to keep, and how many were planned."""
         config = self.bilevel_config
+        self._check_num_rows(len(units.losses), len(origin))
         proxy_losses = units.losses.detach()
         if config.score == "excess_loss":
             scores = excess_loss(proxy_losses, plan)
@@ -695,10 +692,10 @@ class BladeMixin(ReferenceMixin):
 
     # State, logging, facts ------------------------------------------------------------------------------------------
 
-    def _end_training(self) -> None:
-        super()._end_training()
+    def _end_training(self, failed: bool) -> None:
+        super()._end_training(failed)
         # Not when training failed: the other processes may not come here, and waiting for them would hang.
-        if not self._is_off() and sys.exc_info()[0] is None:
+        if not self._is_off() and not failed:
             self._merge(self.sample_tally)
             self._merge(self.domain_tally)
 

@@ -1,7 +1,6 @@
 """BROS: learn a weight for every training sample, by single-loop bilevel optimisation in random subspaces."""
 
 import math
-import sys
 import warnings
 from collections import deque
 from dataclasses import dataclass, field
@@ -107,7 +106,7 @@ class BrosConfig(BilevelConfig):
             ``"projected"``, no logits but the weights themselves, kept in [0, 1]; ``"softmax"``, with mean 1. A network's
             are sigmoid.
         normalise_weights: Divide the weights of a batch by their mean, so that the loss keeps its scale however small the
-            weights are. Either way the loss with all weights 1 is the Trainer's, with the exact mean over an accumulated
+            weights are; not for batches of one row, whose weight would be 1. Either way the loss with all weights 1 is the Trainer's, with the exact mean over an accumulated
             batch also for models that take ``num_items_in_batch`` and ignore it (BERT's own heads).
         rank: Rank of the subspaces: a whole number, a fraction of each layer's input size, or ``"full"`` for no subspaces.
             The adapters of a PEFT model are trained in full space.
@@ -332,7 +331,7 @@ class BrosMixin(BilevelMixin):
                 f"{name} computes the gradients of a step itself, so `{other}.training_step` would not be called. Put what it does "
                 "into a class in front of the mixin, or into a callback."
             )
-        if self.args.fp16:
+        if self.accelerator.mixed_precision == "fp16":
             raise ValueError(f"{name} is not tested with fp16. Use `bf16=True`, or neither.")
         if self.args.torch_compile:
             warnings.warn(f"`torch_compile` is ignored by {name} in training steps.", stacklevel=4)
@@ -348,6 +347,16 @@ class BrosMixin(BilevelMixin):
             raise ValueError(
                 "`train_dataset` is a stream, whose samples have no number that a table of weights could be made for. Use "
                 "`upper_variable='network'` or 'domain', or a map-style dataset."
+            )
+        if (
+            config.normalise_weights
+            and self._candidate_batch_size == 1
+            and (self._learns() or self._given_weights is not None)
+        ):
+            raise ValueError(
+                "`normalise_weights=True` divides the weights of a batch by their mean, and with `per_device_train_batch_size=1` what is "
+                "left of each is 1: nothing would be learned. Raise the batch size (and lower `gradient_accumulation_steps`), or set "
+                "`normalise_weights=False`."
             )
         if self._given_weights is not None:
             self._check_given_weights()
@@ -481,6 +490,7 @@ class BrosMixin(BilevelMixin):
         self._last_norm, self._num_grown = 0.0, 0  # of the auxiliary variable, by log
         self.upper: nn.Module | None = None
         self._table: Tensor | None = None  # given weights, or the last ones that a network gave
+        self._last_seen: Tensor | None = None  # with several processes: the steps of those
         with private_randomness(derive_seed(self._seed, _UPPER), device):
             if config.upper_variable == "table":
                 self.upper = WeightTable(num_pool, config.weight_function)
@@ -494,6 +504,8 @@ class BrosMixin(BilevelMixin):
             elif config.upper_variable == "network":
                 self.upper, self._said_saturated = WeightNetwork().to(device), False
                 self._table = torch.full((num_pool,), torch.nan, device=device)
+                if self.args.world_size > 1:
+                    self._last_seen = torch.full((num_pool,), -1, dtype=torch.int32, device=device)
             elif self._given_weights is not None:
                 ids, weights = self._ids_and_weights()
                 self._table = (
@@ -627,7 +639,7 @@ class BrosMixin(BilevelMixin):
             retain = config.estimator != "one_sided"
             oracle: DoubleBackward | FiniteDifferences = DoubleBackward(blocks, weighting.separately, retain)
         else:
-            dtype = torch.bfloat16 if self.args.bf16 else blocks.parameters[0].dtype
+            dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else blocks.parameters[0].dtype
             norm = torch.nn.utils.get_total_norm([p.detach() for p in blocks.parameters])
             oracle = FiniteDifferences(blocks, weighting, RELATIVE_STEP[dtype], norm)
         if config.estimator == "bi_probe":
@@ -709,7 +721,9 @@ class BrosMixin(BilevelMixin):
 
     def _schedule(self) -> float:
         """Say where the Trainer's learning rate is on its schedule; the upper variable's follows."""
-        return self._get_learning_rate() / self.args.learning_rate if self.args.learning_rate else 1.0
+        # The rate where the schedule began is that of the optimizer, which may be a user's own.
+        begun_at = self.optimizer.param_groups[0].get("initial_lr", self.args.learning_rate)
+        return self._get_learning_rate() / begun_at if begun_at else 1.0
 
     # Results --------------------------------------------------------------------------------------------------------
 
@@ -805,12 +819,15 @@ class BrosMixin(BilevelMixin):
             )
 
     def _merged_table(self) -> Tensor:
-        """Give all ranks the weights that a network gave on any of them."""
+        """Give all ranks the weights that a network gave last on any of them, the mean of several in one step."""
         if self.args.world_size == 1:
             return self._table
-        seen = self._table.isfinite()
-        total = self.accelerator.reduce(torch.where(seen, self._table, 0.0))
-        count = self.accelerator.reduce(seen.to(total.dtype))
+        last = self._last_seen.clone()
+        torch.distributed.all_reduce(last, torch.distributed.ReduceOp.MAX)
+        mine = self._table.isfinite() & (self._last_seen == last)
+        total = self.accelerator.reduce(torch.where(mine, self._table, 0.0))
+        count = self.accelerator.reduce(mine.to(total.dtype))
+        self._last_seen = last
         return torch.where(count > 0, total / count, torch.nan)
 
     def _shared_state(self) -> dict[str, Any]:
@@ -824,6 +841,7 @@ class BrosMixin(BilevelMixin):
             "upper": {name: value.cpu() for name, value in self.upper.state_dict().items()},
             "upper_step": self.upper_step.state_dict(),
             "table": None if self._table is None else self._table.cpu(),
+            "last_seen": None if self._last_seen is None else self._last_seen.cpu(),
         }
 
     def _rank_state(self) -> dict[str, Any]:
@@ -851,12 +869,18 @@ class BrosMixin(BilevelMixin):
         self.upper_step.load_state_dict(shared["upper_step"])
         if self._table is not None:
             self._table.copy_(shared["table"])
+        if self._last_seen is not None and shared.get("last_seen") is not None:
+            self._last_seen.copy_(shared["last_seen"])
         self._sums.copy_(rank["sums"])
         self._target_loader.position = rank["target_position"]
 
-    def _end_training(self) -> None:
+    def _end_training(self, failed: bool) -> None:
+        super()._end_training(failed)
         # Not when training failed: the other processes may not come here, and waiting for them would hang.
-        if self.bilevel_config.upper_variable == "network" and sys.exc_info()[0] is None:
+        if failed or not self._learns():
+            return
+        self._raise_if_broken()
+        if self.bilevel_config.upper_variable == "network":
             self._table = self._merged_table()
 
     def _bilevel_metrics(self) -> dict[str, float]:
@@ -1002,11 +1026,7 @@ class _Weighting:
 
     def _weigh(self, counts: Tensor, losses: Tensor | None = None) -> Tensor:
         if self._differentiable is None:  # the weights of the first evaluation serve all of them
-            if len(counts) != len(self._origin):
-                raise ValueError(
-                    f"A batch of {len(self._origin)} samples gave {len(counts)} losses. Padding-free batches hold "
-                    "several samples in a row: use a padding collator."
-                )
+            self._trainer._check_num_rows(len(counts), len(self._origin))
             self._counts = counts
             self._differentiable = self._find_weights(counts.device, losses)
             self.weights = self._differentiable.detach()
@@ -1024,6 +1044,8 @@ class _Weighting:
             weights = trainer.upper(losses)
             if not trainer._is_stream:
                 trainer._table[ids] = weights.detach()
+                if trainer._last_seen is not None:
+                    trainer._last_seen[ids] = trainer.state.global_step
             return weights
         if trainer._table is None:
             dtype = torch.promote_types(trainer.blocks.parameters[0].dtype, torch.float32)

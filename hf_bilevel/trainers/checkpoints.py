@@ -18,7 +18,7 @@ from accelerate.utils.constants import FSDP_MODEL_NAME
 from accelerate.utils.constants import OPTIMIZER_NAME as FSDP_OPTIMIZER_NAME
 from torch import nn
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 from hf_bilevel.identity import is_dataset_of, rows_checksum
 from hf_bilevel.trainers.config import BilevelConfig
@@ -233,9 +233,17 @@ class CheckpointMixin:
         if self.args.should_save:
             state = {
                 **{"method": self.method, "config": self.bilevel_config.to_dict(), "versions": versions()},
-                **{"data": self._data_identity(), "shared": shared, "ranks": ranks},
+                **{"data": self._data_identity(), "stream_position": self._stream_position()},
+                **{"shared": shared, "ranks": ranks},
             }
             write_state(state, Path(output_dir) / STATE_NAME)
+
+    def _stream_position(self) -> tuple[int, int] | None:
+        """Say how many passes over a stream are done, and how many batches of the next; another ``max_steps`` does not change it."""
+        if has_length(self.train_dataset):
+            return None
+        passes, share = divmod(self.state.epoch or 0.0, 1)
+        return int(passes), round(share * self.state.max_steps * self.args.gradient_accumulation_steps)
 
     def _data_identity(self) -> dict[str, dict[str, Any]]:
         """Say what tells one pool, or target dataset, from another; streams have nothing of the kind."""
@@ -247,7 +255,7 @@ class CheckpointMixin:
                 "rows_checksum": rows_checksum(dataset),
             }
             for name, dataset in data.items()
-            if hasattr(dataset, "__len__") and not isinstance(dataset, datasets.IterableDataset)
+            if has_length(dataset) and not isinstance(dataset, datasets.IterableDataset)
         }
 
     # Resuming -------------------------------------------------------------------------------------------------------
@@ -273,11 +281,10 @@ class CheckpointMixin:
         # A run that was killed after its last checkpoint is over. Where ``max_steps`` ends within an epoch, transformers 5.23
         # would take one step more.
         begins_at = super()._init_training_state(max_steps, num_update_steps, num_epochs, *args)
-        if self.state.global_step and not self._is_off() and not hasattr(self.train_dataset, "__len__"):
+        if self.state.global_step and not self._is_off() and not has_length(self.train_dataset):
             # A stream: upstream counts one epoch of ``max_steps``, and would skip more batches than a pass has.
-            passes, share = divmod(self.state.epoch, 1)
-            in_pass = round(share * num_update_steps * self.args.gradient_accumulation_steps)
-            begins_at = int(passes), 0 if self.args.ignore_data_skip else in_pass
+            passes, in_pass = (self._resumed_state or {}).get("stream_position") or self._stream_position()
+            begins_at = passes, 0 if self.args.ignore_data_skip else in_pass
         is_over = self.state.global_step >= self.state.max_steps and not self._is_off()
         return (num_epochs, 0) if is_over else begins_at
 

@@ -64,7 +64,9 @@ NUM_UNIFORM = 10  # uniform draws that the coreset is measured beside
 
 MAX_LOST_STEPS = 10  # outer steps in a row of which nothing is left, before the search gives up
 
-_POOL, _TARGET, _MASKS, _ROWS, _TRAINING, _FINAL, _UNIFORM, _KERNEL, _KERNEL_ROWS = range(20, 29)  # tell seeds apart
+_POOL, _TARGET, _MASKS, _ROWS, _TRAINING, _FINAL, _UNIFORM, _KERNEL, _KERNEL_ROWS, _REST = range(
+    20, 30
+)  # tell seeds apart
 
 Engine = SequentialEngine | BatchedEngine | KernelEngine
 
@@ -511,6 +513,19 @@ class CoresetMixin(BilevelMixin):
     def _round(self, progress: "_Search", engine: Engine, size: int) -> tuple[Tensor, dict[str, float]]:
         """Choose the coreset, and measure it beside uniform draws of its size."""
         probabilities, num = progress.search.probabilities, self.bilevel_config.num_final_masks
+        num_wanted = int((probabilities > 0).sum())
+        if num_wanted < size:
+            warnings.warn(
+                f"The search settled on {num_wanted} samples, {size - num_wanted} fewer than asked for: any more would raise the upper loss, "
+                f"so the rest is drawn at random. Lower `size` by as many.",
+                stacklevel=5,
+            )
+            generator = torch.Generator().manual_seed(derive_seed(self._seed, _REST))
+            order = torch.randperm(len(probabilities), generator=generator)
+            tiny = torch.finfo(
+                probabilities.dtype
+            ).tiny  # tells the samples of probability 0 apart, and from all others
+            probabilities = torch.where(probabilities > 0, probabilities, tiny * (1 + order))
         outer_steps = self.bilevel_config.outer_steps
         if num == 0:
             mask = top_mask(probabilities, size)
@@ -569,7 +584,7 @@ class CoresetMixin(BilevelMixin):
             ),
             upper=upper,
             upper_batch_size=config.target_batch_size or 256,
-            autocast=self.accelerator.autocast if self.args.bf16 else nullcontext,
+            autocast=self.accelerator.autocast if self.accelerator.mixed_precision == "bf16" else nullcontext,
         )
         with private_randomness(derive_seed(self._seed), self.args.device):
             if config.engine == "kernel":

@@ -8,6 +8,7 @@ import datasets
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers.trainer_utils import EvalLoopOutput
 
 from hf_bilevel.core.mixture import domain_means
 from hf_bilevel.data import SAMPLE_ID, DataCollatorWithOrigin, NumberedDataset, pop_origin, read_domains
@@ -18,7 +19,10 @@ from hf_bilevel.trainers.base import BilevelMixin
 class DomainEvaluationMixin(BilevelMixin):
     """Evaluates every domain of a dataset by itself, in the pass that the Trainer makes anyway."""
 
-    _kept_logits: list[Tensor] | None = None  # while a step is evaluated by domain
+    _evaluated: tuple[list[str], Tensor] | None = (
+        None  # while a dataset is evaluated by domain: names, sums of losses and units
+    )
+    _kept_logits: list[Tensor] | None = None  # while a step of it is
 
     def evaluate(
         self,
@@ -43,16 +47,36 @@ class DomainEvaluationMixin(BilevelMixin):
         Cost: no pass more than the Trainer's, unless with ``compute_sample_losses`` or ``predict_with_generate``: one forward more.
         """
         given = self.eval_dataset if eval_dataset is None else eval_dataset
-        self._evaluated: tuple[list[str], Tensor] | None = None
+        self._evaluated = None
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if isinstance(given, Mapping) and not self._is_off():
             losses = {str(name): metrics.get(f"{metric_key_prefix}_{name}_loss") for name in given}
-            self._add_domain_metrics(metrics, {k: v for k, v in losses.items() if v is not None}, metric_key_prefix)
-        elif self._evaluated is not None:
-            names, (sums, units) = self._evaluated[0], self._evaluated[1].double().cpu()
-            means = zip(names, (sums / units).tolist(), strict=True)
-            self._add_domain_metrics(metrics, {name: loss for name, loss in means if loss == loss}, metric_key_prefix)
+            added = self._domain_metrics({k: v for k, v in losses.items() if v is not None}, metric_key_prefix)
+            if added:
+                metrics |= added
+                self.log(dict(added))
+                # Callbacks have heard of each dataset by itself, and early stopping may wait for what is known of all.
+                self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, added)
         return metrics
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate as ``Trainer``; the metrics of the domains are among those that it logs and callbacks hear of."""
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if self._evaluated is not None:
+            names, (sums, units) = self._evaluated[0], self._evaluated[1].double().cpu()
+            self._evaluated = None
+            means = zip(names, (sums / units).tolist(), strict=True)
+            output.metrics.update(
+                self._domain_metrics({name: loss for name, loss in means if loss == loss}, metric_key_prefix)
+            )
+        return output
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Return the evaluation loader; of a dataset with the domain column it carries the rows' domains."""
@@ -118,16 +142,15 @@ class DomainEvaluationMixin(BilevelMixin):
                 self._kept_logits.append(outputs["logits"])
         return found
 
-    def _add_domain_metrics(self, metrics: dict[str, float], losses: dict[str, float], prefix: str) -> None:
+    def _domain_metrics(self, losses: dict[str, float], prefix: str) -> dict[str, float]:
         if not losses:
-            return
+            return {}
         added = {f"{prefix}_{name}_loss": loss for name, loss in losses.items()}
         if find_head(self.model) in TOKEN_HEADS:
             added |= {f"{prefix}_{name}_perplexity": math.exp(min(loss, 700)) for name, loss in losses.items()}
         shares = self._target_shares(list(losses))
         added[f"{prefix}_weighted_loss"] = sum(shares[name] * loss for name, loss in losses.items())
-        metrics |= added
-        self.log(dict(added))
+        return added
 
     def _target_shares(self, names: list[str]) -> dict[str, float]:
         """Return the share of each domain in the target dataset; equal ones where it has none of them."""

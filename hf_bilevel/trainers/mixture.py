@@ -340,10 +340,12 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
                 )
         elif self.reference_model is not None:
             warnings.warn(f"`reference_model` is ignored by {type(self).__name__}.", stacklevel=5)
-        if config.hypergradient == "alignment" and self.args.fp16:
+        if config.hypergradient == "alignment" and self.accelerator.mixed_precision == "fp16":
             raise ValueError(
                 "`hypergradient='alignment'` is not tested with fp16, in which small gradients vanish. Use `bf16=True`."
             )
+        if config.hypergradient == "alignment":
+            LowerBlocks(self.model, "full", None, "full")  # raises for weights that it cannot step along
         if config.hypergradient == "unrolled":
             self._check_unrolled()
         self._check_losses(self.target_dataset)
@@ -377,7 +379,7 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
                 f"`hypergradient='unrolled'` does not differentiate through clipping, and `max_grad_norm` is "
                 f"{self.args.max_grad_norm}. Set it to 0, or use `hypergradient='penalty'`."
             )
-        if self.args.world_size > 1 or self.args.bf16 or self.args.fp16 or self.args.activation_checkpointing:
+        if self.args.world_size > 1 or self.accelerator.mixed_precision != "no" or self.args.activation_checkpointing:
             raise ValueError(
                 "`hypergradient='unrolled'` runs in one process, in full precision and without activation checkpointing. Use "
                 "`hypergradient='penalty'`."
@@ -523,8 +525,8 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
                 size = config.target_batch_size or self._candidate_batch_size
                 self._target_loader = self._endless_loader(self.target_dataset, size, _TARGET)
 
-    def _end_training(self) -> None:
-        super()._end_training()
+    def _end_training(self, failed: bool) -> None:
+        super()._end_training(failed)
         self._tape, self._twin = [], None
 
     def get_train_dataloader(self) -> DataLoader:
@@ -591,6 +593,7 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
     def _update(self, step: int) -> None:
         """Judge the domains and move their weights; one host sync."""
         judge = {"penalty": self._twin_gaps, "alignment": self._alignment, "unrolled": self._unrolled}
+        self._share_statistics(self.model)
         seed = derive_seed(self._seed, step, self.args.process_index, _UPDATE)
         with private_randomness(seed, self.args.device):
             hypergradient = judge[self.bilevel_config.hypergradient](step)
@@ -743,7 +746,7 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
         Cost: one forward and backward pass on a target batch, two forward passes on the probe.
         """
         blocks = LowerBlocks(self.model, "full", None, "full")
-        dtype = torch.bfloat16 if self.args.bf16 else blocks.parameters[0].dtype
+        dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else blocks.parameters[0].dtype
         norm = torch.nn.utils.get_total_norm([p.detach() for p in blocks.parameters])
         batch = self._prepare_inputs(self._target_loader.draw())
 
@@ -984,6 +987,12 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
         if self.args.should_save and self._learns() and self._domains is not None:
             self.save_mixture(Path(self.args.output_dir if output_dir is None else output_dir) / MIXTURE_NAME)
 
+    def _state_of_all_processes(self) -> dict[str, Any]:
+        state = super()._state_of_all_processes()
+        if isinstance(self.train_dataset, MixtureStream):
+            state[self.method].pop("draws", None)  # the first process alone reads streams, for all of them
+        return state
+
     def _shared_state(self) -> dict[str, Any]:
         state: dict[str, Any] = {
             "domains": self._domains.state_dict(),
@@ -1032,7 +1041,7 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
         self._gaps, self._seen_step = shared["gaps"], shared["seen_step"]
         self._counted.copy_(shared["counted"])
         if self._draws is not None and shared["draws"] is not None:
-            self._draws.load_state_dict(shared["draws"])
+            self._draws.load_state_dict(shared["draws"], replay=not self.args.ignore_data_skip)
         if not self._learns():
             self._keep_fixed_weights()
             return

@@ -101,6 +101,8 @@ class ReferenceMixin(BilevelMixin):
     def _begin_reference(self, kind: str) -> None:
         """Set up the reference and its data at the start of a run."""
         config, device = self.bilevel_config, self.args.device
+        if self.reference is not None:  # of a run that was prepared and not begun
+            self.reference.remove()
         self.reference = None
         self._target_loader: EndlessLoader | None = None
         self._pool_loader: EndlessLoader | None = None
@@ -135,7 +137,8 @@ class ReferenceMixin(BilevelMixin):
             )
         return copy_of(self.model)
 
-    def _end_training(self) -> None:
+    def _end_training(self, failed: bool) -> None:
+        super()._end_training(failed)
         if self.reference is not None:
             self.reference.remove()
             self.reference = None
@@ -204,6 +207,7 @@ class ReferenceMixin(BilevelMixin):
                     before_step(optimizer, k)
                 self._step_reference(reference, optimizer)
                 totals.append(total)
+            self._share_statistics(reference)
         if self._pool_loader is not None:
             self._pool_loader.position += num_steps
         losses = torch.stack(totals)
@@ -235,10 +239,17 @@ class ReferenceMixin(BilevelMixin):
         return optimizer
 
     def _step_reference(self, reference: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        parameters = [p for p in reference.parameters() if p.requires_grad and p.grad is not None]
+        parameters = [p for p in reference.parameters() if p.requires_grad]
         if self.args.world_size > 1 and not self.is_fsdp_enabled:  # the reference is not wrapped in DDP
-            for parameter in parameters:
-                parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+            # Layers that are skipped, and experts without tokens, have gradients on some processes only.
+            counts = torch.tensor(
+                [p.grad is not None for p in parameters], dtype=torch.float32, device=self.args.device
+            )
+            for parameter, count in zip(parameters, self.accelerator.reduce(counts).tolist(), strict=True):
+                if count:
+                    gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                    parameter.grad = self.accelerator.reduce(gradient, reduction="mean")
+        parameters = [p for p in parameters if p.grad is not None]
         if self.args.max_grad_norm:
             nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
         optimizer.step()

@@ -116,7 +116,7 @@ ARMS_OF = {
     "split_noise": (*CHOOSERS, *BESIDE, *BOTH),
     "split_tenth": (*CHOOSERS, *BESIDE),
     "split_tenth_noise": (*CHOOSERS, *BESIDE, *BOTH),
-    "permuted": (*CHOOSERS, *BESIDE),
+    "permuted": (*CHOOSERS, INITIAL, *BESIDE),
     "permuted_noise": (*CHOOSERS, *BESIDE, *BOTH),
     "streaming": ("reservoir", "uniform", "best20", "greedy", "pbcs"),
     "streaming_noise": ("reservoir", "uniform", "best20", "greedy", "pbcs", *BOTH),
@@ -181,7 +181,8 @@ SETTINGS_OF = {
     "transfer": replace(SUMMARY, kernel_trainings=3, final_net="mlp"),
     **dict.fromkeys(("split", "split_noise"), REPLAY),
     **dict.fromkeys(("split_tenth", "split_tenth_noise"), replace(REPLAY, size=300, inits=4)),
-    **dict.fromkeys(("permuted", "permuted_noise"), PERMUTED),
+    "permuted": replace(PERMUTED, kernel_trainings=3),
+    "permuted_noise": PERMUTED,
     **dict.fromkeys(("streaming", "streaming_noise"), STREAMING),
     "pixels": replace(
         SUMMARY,
@@ -516,7 +517,7 @@ def shrink(arm: str, problem: Problem, ids: Tensor, size: int, others: list[Prob
     A search tells which samples belong together, and nothing about their order. Its searches for smaller sizes, judged as
     the first, could all be made when the first is: they need nothing that comes later.
     """
-    if arm not in ("pbcs", "pbcs_both", "pbcs_beside") or size >= len(ids):
+    if not arm.startswith("pbcs") or size >= len(ids):
         return ids[:size]
     among = replace(problem, inputs=problem.inputs[ids], labels=problem.labels[ids], size=size, target=problem.judge)
     return ids[choose_beside(arm, among, others)]
@@ -545,7 +546,7 @@ def choose_beside(arm: str, problem: Problem, others: list[Problem]) -> Tensor:
         size=len(labels) + problem.size,
         num_required=len(labels),
     )
-    ids = choose(arm.removesuffix("_beside"), joint)
+    ids = choose(INITIAL if arm == "pbcs_beside" else arm.removesuffix("_beside"), joint)
     return ids[ids >= len(labels)] - len(labels)
 
 

@@ -462,6 +462,18 @@ def test_carry_over_by_hand() -> None:
         assert_exact(state[name], value)
 
 
+def test_carry_over_of_a_state_of_other_names_begins_anew() -> None:
+    """bitsandbytes has `state1` and `state2`, in 8 bits as codes: which is a second moment, and what 0 means, is not known."""
+    state = {
+        "step": 7,
+        "state1": torch.ones(2, 3),
+        "state2": torch.ones(2, 3, dtype=torch.uint8),
+        "absmax1": torch.ones(1),
+    }
+    carry_over(state)
+    assert state == {}
+
+
 def test_carry_over_before_the_first_step() -> None:
     carry_over(None)
     carry_over({})

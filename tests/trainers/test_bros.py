@@ -36,6 +36,8 @@ from transformers import (
 from hf_bilevel import BrosConfig, BrosMixin, BrosTrainer, SampleWeights, SelectedSubset
 from hf_bilevel.core.subspace import bi_probe, two_sided
 from hf_bilevel.data import derive_seed
+from hf_bilevel.derivatives import RELATIVE_STEP
+from hf_bilevel.trainers import bros as bros_module
 
 pytestmark = pytest.mark.filterwarnings("ignore:The subspaces of")  # a few steps cannot cover anything
 
@@ -1435,14 +1437,65 @@ def test_an_optimizer_may_be_given_in_full_space(tmp_path: Path) -> None:
     assert torch.equal(*runs)
 
 
-def test_half_precision_training_of_another_kind_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_the_precision_may_come_from_the_launcher(
+    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`accelerate launch --mixed_precision` sets the accelerator's, and not that of the arguments."""
     trainer = build("vit", tmp_path)
-    trainer.args.fp16 = True
-    with pytest.raises(ValueError, match="BrosTrainer is not tested with fp16. Use `bf16=True`, or neither"):
-        trainer._check_bilevel_setup()
-    trainer.args.fp16, trainer.args.torch_compile = False, True
+    monkeypatch.setattr(trainer.accelerator.state, "_mixed_precision", precision)
+    assert not trainer.args.fp16 and not trainer.args.bf16 and trainer.accelerator.mixed_precision == precision
+    if precision == "fp16":
+        with pytest.raises(ValueError, match="BrosTrainer is not tested with fp16. Use `bf16=True`, or neither"):
+            trainer._check_bilevel_setup()
+        return
+    steps = []
+    differences = bros_module.FiniteDifferences
+    monkeypatch.setattr(bros_module, "FiniteDifferences", lambda *args: steps.append(args[2]) or differences(*args))
+    trainer.train()
+    assert set(steps) == {RELATIVE_STEP[torch.bfloat16]}
+
+
+def test_compilation_is_ignored(tmp_path: Path) -> None:
+    trainer = build("vit", tmp_path)
+    trainer.args.torch_compile = True
     with pytest.warns(UserWarning, match="`torch_compile` is ignored by BrosTrainer in training steps"):
         trainer._check_bilevel_setup()
+
+
+@pytest.mark.parametrize("settings", [{}, {"upper_variable": "network"}, {"upper_variable": "fixed"}])
+def test_weights_of_one_row_cannot_be_normalised(settings: dict[str, Any], tmp_path: Path) -> None:
+    more = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    if settings.get("upper_variable") == "fixed":
+        more["trainer_kwargs"] = {"sample_weights": torch.rand(64)}
+    with pytest.raises(
+        ValueError, match="with `per_device_train_batch_size=1` what is left of each is 1: nothing would be"
+    ):
+        build("vit", tmp_path, settings, **more)
+    build("vit", tmp_path, {**settings, "normalise_weights": False}, **more)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_the_upper_rate_follows_the_schedule_and_no_other_number(given: bool, tmp_path: Path) -> None:
+    """`learning_rate` says nothing of an optimizer that is given."""
+    model, seen = make_model("vit"), []
+    kwargs: dict[str, Any] = {"learning_rate": 0.01}
+    if given:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
+        kwargs = {"trainer_kwargs": {"optimizers": (optimizer, None)}, "learning_rate": 5e-5}
+    trainer = build("vit", tmp_path, {"rank": "full"}, model=model, lr_scheduler_type="linear", max_steps=4, **kwargs)
+    step = trainer._schedule
+    trainer._schedule = lambda: seen.append(step()) or seen[-1]
+    trainer.train()
+    assert seen == pytest.approx([1, 0.75, 0.5, 0.25])
+
+
+def test_a_broken_hypergradient_is_said_at_the_end(tmp_path: Path) -> None:
+    target = make_dataset("vit", 8, seed=7).to_list()
+    target[3]["pixel_values"][0][0][0] = math.nan
+    trainer = build("vit", tmp_path, logging_steps=500, trainer_kwargs={"target_dataset": target})
+    with pytest.raises(FloatingPointError, match="A hypergradient was NaN or infinite"):
+        trainer.train()
 
 
 def test_padding_free_batches_are_refused(tmp_path: Path) -> None:
