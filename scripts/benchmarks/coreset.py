@@ -116,7 +116,7 @@ ARMS_OF = {
     "split_noise": (*CHOOSERS, *BESIDE, *BOTH),
     "split_tenth": (*CHOOSERS, *BESIDE),
     "split_tenth_noise": (*CHOOSERS, *BESIDE, *BOTH),
-    "permuted": (*CHOOSERS, INITIAL, *BESIDE),
+    "permuted": (*CHOOSERS, *BESIDE),
     "permuted_noise": (*CHOOSERS, *BESIDE, *BOTH),
     "streaming": ("reservoir", "uniform", "best20", "greedy", "pbcs"),
     "streaming_noise": ("reservoir", "uniform", "best20", "greedy", "pbcs", *BOTH),
@@ -181,8 +181,7 @@ SETTINGS_OF = {
     "transfer": replace(SUMMARY, kernel_trainings=3, final_net="mlp"),
     **dict.fromkeys(("split", "split_noise"), REPLAY),
     **dict.fromkeys(("split_tenth", "split_tenth_noise"), replace(REPLAY, size=300, inits=4)),
-    "permuted": replace(PERMUTED, kernel_trainings=3),
-    "permuted_noise": PERMUTED,
+    **dict.fromkeys(("permuted", "permuted_noise"), PERMUTED),
     **dict.fromkeys(("streaming", "streaming_noise"), STREAMING),
     "pixels": replace(
         SUMMARY,
@@ -546,7 +545,7 @@ def choose_beside(arm: str, problem: Problem, others: list[Problem]) -> Tensor:
         size=len(labels) + problem.size,
         num_required=len(labels),
     )
-    ids = choose(INITIAL if arm == "pbcs_beside" else arm.removesuffix("_beside"), joint)
+    ids = choose(arm.removesuffix("_beside"), joint)
     return ids[ids >= len(labels)] - len(labels)
 
 
