@@ -15,6 +15,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from tqdm.auto import tqdm
+from transformers.trainer_utils import RemoveColumnsCollator
 
 from hf_bilevel.losses import IGNORE_INDEX
 
@@ -166,7 +167,9 @@ class DataCollatorWithOrigin:
     """
 
     def __init__(self, collator: Callable[[list[Any]], Any]) -> None:
-        self.collator = collator
+        self.collator, self._prepared = collator, lambda item: item
+        if isinstance(collator, RemoveColumnsCollator):  # which would hand on a list of its own
+            self.collator, self._prepared = collator.data_collator, collator._remove_columns
 
     def __call__(self, features: list[Any]) -> Any:  # noqa: D102
         sample_ids, domain_ids, items = [], [], []
@@ -178,11 +181,15 @@ class DataCollatorWithOrigin:
                 sample_id, domain_id = item.pop(SAMPLE_ID), item.pop(DOMAIN_ID, None)
             sample_ids.append(sample_id)
             domain_ids.append(domain_id)
-            items.append(item)
-        places = {id(item): place for place, item in enumerate(items)}
+            items.append(self._prepared(item))
+        given = list(map(id, items))
         batch = self.collator(items)
-        if {id(item) for item in items} == places.keys():  # a collator may have sorted the list that it was given
-            order = [places[id(item)] for item in items]
+        left = list(map(id, items))
+        if left != given and sorted(left) == sorted(given):  # the collator has sorted the list that it was given
+            places: dict[int, list[int]] = {}
+            for place, key in reversed(list(enumerate(given))):  # one object may be there several times
+                places.setdefault(key, []).append(place)
+            order = [places[key].pop() for key in left]
             sample_ids, domain_ids = [sample_ids[i] for i in order], [domain_ids[i] for i in order]
         if not isinstance(batch, Mapping):
             raise TypeError(

@@ -70,11 +70,17 @@ def _as_stored(array: pyarrow.Array) -> pyarrow.Array:
     return array.storage if isinstance(array, pyarrow.ExtensionArray) else array
 
 
+def _stores_files(kind: pyarrow.StructType) -> bool:
+    """Say whether a column is stored as images and sounds are."""
+    fields = {field.name: str(field.type).removeprefix("large_") for field in kind}
+    return fields in ({"bytes": "binary", "path": "string"}, {"bytes": "null", "path": "string"})
+
+
 def _update(digest: Any, array: pyarrow.Array) -> None:
     """Add the values of an Arrow array, the same for the same values however they lie in memory."""
     array, types = _as_stored(array), pyarrow.types
     digest.update(array.is_valid().to_numpy(zero_copy_only=False).tobytes())
-    if types.is_struct(array.type) and {field.name for field in array.type} == {"bytes", "path"}:
+    if types.is_struct(array.type) and _stores_files(array.type):
         for file in filter(None, array.to_pylist()):
             content = PurePath(file["path"] or "").name.encode() if file["bytes"] is None else file["bytes"]
             digest.update(len(content).to_bytes(8) + content)
@@ -89,7 +95,7 @@ def _update(digest: Any, array: pyarrow.Array) -> None:
         _update(digest, array.flatten())
     elif types.is_string(array.type) or types.is_large_string(array.type):
         for text in array.drop_null().to_pylist():
-            content = text.encode()
+            content = text.encode(errors="surrogatepass")
             digest.update(len(content).to_bytes(8) + content)
     else:
         values = array.drop_null().to_numpy(zero_copy_only=False)

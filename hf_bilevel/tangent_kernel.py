@@ -273,13 +273,15 @@ class _Logits(nn.Module):
 def _class_weights(pool: Tensor, upper: Tensor) -> Tensor:
     """Weight the rows of the pool, with the mean 1, so that each class has the share of it that it has of the upper rows.
 
-    The shares are taken with one upper row more of every class of the pool: a few dozen rows miss classes by chance.
+    The shares are taken with one upper row more, spread over the classes of the pool: a few dozen rows miss classes by chance,
+    and a class that is not wanted, which wrong labels name, must not count much.
 
     Returns:
         Float64, ``(n,)``.
     """
     in_pool = pool.sum(0).double()
-    wanted = torch.where(in_pool > 0, upper.sum(0) + 1, 0)
+    is_in_pool = in_pool > 0
+    wanted = torch.where(is_in_pool, upper.sum(0) + 1 / is_in_pool.sum(), 0)
     weights = (pool * (wanted / in_pool.clamp(min=1))).sum(1)
     return weights / weights.mean()
 

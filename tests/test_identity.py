@@ -125,3 +125,11 @@ def test_either_says_that_it_is_the_dataset() -> None:
     assert is_dataset_of(dataset, fingerprint, None) and is_dataset_of(dataset, "another", checksum)
     assert not is_dataset_of(dataset, "another", None) and not is_dataset_of(other, fingerprint, checksum)
     assert is_dataset_of([1, 2], None, None) and not is_dataset_of([1, 2], "another", checksum)
+
+
+@pytest.mark.parametrize("path", ["a", ["a"]])
+@pytest.mark.parametrize("content", [7, "text", None])
+def test_columns_of_paths_that_are_no_images(path: Any, content: Any) -> None:
+    rows = [{"file": {"path": path, "bytes": content}}, {"file": {"path": path, "bytes": content}}]
+    other = [rows[0], {"file": {"path": ["b"] if isinstance(path, list) else "b", "bytes": content}}]
+    assert rows_checksum(Dataset.from_list(rows)) != rows_checksum(Dataset.from_list(other))

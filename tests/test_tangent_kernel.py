@@ -95,7 +95,7 @@ def test_the_pool_is_judged_without_each_row_itself_and_by_the_classes_of_the_ta
     engine = KernelEngine(*arguments, torch.Generator().manual_seed(7), pool_share=0.4)
     features = tuple(features_by_hand(model, rows, 3) for rows in (pool, upper))
     labels, wanted = (rows.batch["labels"].tolist() for rows in (pool, upper))
-    weights = [(wanted.count(label) + 1) / labels.count(label) for label in labels]
+    weights = [(wanted.count(label) + 1 / len(set(labels))) / labels.count(label) for label in labels]
     assert len(set(weights)) > 1
     mask = torch.tensor([1, 0, 0, 1, 1, 0, 0, 1, 0], dtype=torch.bool)
     distances = []
@@ -114,7 +114,7 @@ def test_classes_that_the_target_misses_count_a_little() -> None:
     weights = module._class_weights(pool, upper)
     assert float(weights.mean()) == pytest.approx(1)
     shares = [float(weights[:4].sum() / 7), float(weights[4:6].sum() / 7), float(weights[6:].sum() / 7)]
-    assert shares == pytest.approx([1 / 6, 4 / 6, 1 / 6])
+    assert shares == pytest.approx([1 / 12, 10 / 12, 1 / 12])
 
 
 def test_combinations_stand_for_the_sum_over_the_classes() -> None:

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tiny import make_dataset, make_model, make_rows, make_trainer, parameters_of
-from torch.utils.data import ChainDataset, IterableDataset, Sampler, WeightedRandomSampler
+from torch.utils.data import ChainDataset, DataLoader, IterableDataset, Sampler, WeightedRandomSampler
 from transformers import EarlyStoppingCallback, Trainer, default_data_collator
 
 from hf_bilevel import (
@@ -21,6 +21,7 @@ from hf_bilevel import (
     MixtureConfig,
     MixtureTrainer,
 )
+from hf_bilevel.data import DataCollatorWithOrigin, NumberedDataset, pop_origin
 
 BLADE = BladeConfig(selection_ratio=0.5, sync_steps=2, reference_steps=1)
 
@@ -122,6 +123,75 @@ def test_a_collator_that_sorts_in_place_is_followed(tmp_path: Path) -> None:
         assert origin.sample_ids.tolist() != sorted(origin.sample_ids.tolist())
 
 
+@pytest.mark.parametrize("kind", ["list", "stream"])
+def test_a_collator_that_sorts_in_place_is_followed_where_columns_are_removed(kind: str, tmp_path: Path) -> None:
+    """Of anything but a `datasets.Dataset` the Trainer removes unused columns in front of the collator."""
+    rows = [{**row, "place": i} for i, row in enumerate(make_rows("vit", 64))]
+
+    def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+        items.sort(key=brightness)
+        return default_data_collator(items)
+
+    pool = Dataset.from_list(rows).to_iterable_dataset() if kind == "stream" else rows
+    trainer, seen = build(tmp_path, train_dataset=pool, trainer_kwargs={"data_collator": collate}), []
+    select = trainer._select
+    trainer._select = lambda batches, origins, num: (
+        seen.extend(zip(batches, origins, strict=True)) or select(batches, origins, num)
+    )
+    trainer.train()
+    pixels = torch.tensor([row["pixel_values"] for row in rows])
+    assert len(seen) == 6 and all(torch.equal(b["pixel_values"], pixels[o.sample_ids]) for b, o in seen)
+
+
+def test_one_object_at_two_places() -> None:
+    shared, other = (torch.ones(2), 0), (torch.zeros(2), 1)
+    numbered = NumberedDataset([shared, other, shared])
+    keep = DataCollatorWithOrigin(lambda items: {"x": torch.stack([x for x, _ in items])})
+    assert pop_origin(keep([numbered[i] for i in (0, 1, 2)])).sample_ids.tolist() == [0, 1, 2]
+    last_first = DataCollatorWithOrigin(lambda items: items.reverse() or {"x": torch.stack([x for x, _ in items])})
+    ids = pop_origin(last_first([numbered[i] for i in (0, 1)])).sample_ids.tolist()
+    assert ids == [1, 0]
+    assert sorted(pop_origin(last_first([numbered[i] for i in (0, 1, 2)])).sample_ids.tolist()) == [0, 1, 2]
+
+
+def test_a_collator_that_draws_and_rows_that_are_the_same(tmp_path: Path) -> None:
+    """Two rows alike, with other masks: the batch is the same either way round, and nothing is sorted."""
+    rows = make_rows("vit", 16)
+
+    def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = default_data_collator(items)
+        return {**batch, "pixel_values": batch["pixel_values"] + torch.randn(batch["pixel_values"].shape)}
+
+    build(tmp_path, train_dataset=[rows[0], *rows], trainer_kwargs={"data_collator": collate}).train()
+
+
+def test_a_collator_with_a_generator_of_its_own_is_left_as_it_was(tmp_path: Path) -> None:
+    class Masks:
+        seed, generator = 5, None
+
+        def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+            self.generator = self.generator or torch.Generator().manual_seed(self.seed)
+            return default_data_collator(items)
+
+    trainer = build(tmp_path, trainer_kwargs={"data_collator": Masks()})
+    assert trainer.data_collator.generator is None
+    trainer.train()
+
+
+def test_a_loader_of_the_users_own_behind_the_mixin(tmp_path: Path) -> None:
+    class Own(Trainer):
+        def get_train_dataloader(self) -> DataLoader:
+            loader = DataLoader(self.train_dataset, 8, shuffle=True, collate_fn=self.data_collator)
+            return self.accelerator.prepare(loader)
+
+    class Ours(BladeMixin, Own):
+        pass
+
+    trainer = build(tmp_path, Ours, remove_unused_columns=False, train_dataset=make_rows("vit", 64))
+    trainer.train()
+    assert int(trainer.sample_tally.state_dict()["offered"].sum()) == 48
+
+
 @pytest.mark.parametrize("name", ["vit", "llama"])
 def test_a_collator_that_leaves_rows_out_is_said(name: str, tmp_path: Path) -> None:
     key = {"vit": "pixel_values", "llama": "input_ids"}[name]
@@ -219,6 +289,51 @@ def test_early_stopping_by_the_loss_of_a_domain(metric: str, kind: str, tmp_path
     values = [entry[metric] for entry in trainer.state.log_history if metric in entry]
     best = values.index(min(values))
     assert len(values) == best + 3 == trainer.state.global_step // 2 < 30
+
+
+def test_callbacks_hear_of_a_loss_once(tmp_path: Path) -> None:
+    """With a dict of datasets each is evaluated by itself: patience would run out twice as fast."""
+    parts = {name: make_dataset("llama", 8, i) for i, name in enumerate(("web", "books"))}
+    trainer = make_trainer(
+        MixtureTrainer,
+        "llama",
+        tmp_path,
+        max_steps=40,
+        learning_rate=0.0,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_web_loss",
+        greater_is_better=False,
+        trainer_kwargs={
+            "eval_dataset": parts,
+            "callbacks": [EarlyStoppingCallback(4)],
+            "bilevel_config": MixtureConfig(domain_column="source", mixture="uniform"),
+        },
+    )
+    trainer.train()
+    assert trainer.state.global_step == 10
+
+
+def test_a_loader_is_evaluated_again_and_after_a_failure(tmp_path: Path) -> None:
+    config = MixtureConfig(domain_column="source", mixture="uniform")
+    held_out = make_dataset("llama", 24, 5)
+    trainer = make_trainer(
+        MixtureTrainer, "llama", tmp_path, trainer_kwargs={"eval_dataset": held_out, "bilevel_config": config}
+    )
+    whole = trainer.evaluate()
+    loader = trainer.get_eval_dataloader()
+    for _ in range(2):
+        metrics = trainer.evaluation_loop(loader, "again").metrics
+        assert metrics["eval_code_loss"] == pytest.approx(whole["eval_code_loss"])
+    step = trainer.model.forward
+    trainer.model.forward = lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("no memory"))
+    with pytest.raises(RuntimeError, match="no memory"):
+        trainer.evaluate()
+    trainer.model.forward = step
+    assert "test_code_loss" not in trainer.predict(held_out.remove_columns("source")).metrics
 
 
 def test_training_while_an_exception_is_handled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,13 @@
 """What every method shares: config, target dataset, ids past the collator, state beside the optimizer's, logging."""
 
+import copy
 import json
 import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,6 +30,7 @@ from hf_bilevel.data import (
     check_images_of_rows,
     derive_seed,
     fetch,
+    number_item,
     pick_rows,
     pop_origin,
     private_randomness,
@@ -80,7 +83,7 @@ class BilevelMixin(CheckpointMixin):
     method: ClassVar[str]
     config_class: ClassVar[type[BilevelConfig]]
     _losses_are_for: ClassVar[str] = "ranked by"
-    _numbers_rows = False  # while the training loader is made
+    _user_dataset: Any = None  # while the training loader is made
 
     def __init__(
         self,
@@ -286,37 +289,43 @@ class BilevelMixin(CheckpointMixin):
         """Return the training loader, with sample and domain ids carried past the collator."""
         if self._is_off() or self.train_dataset is None:
             return super().get_train_dataloader()
-        self._numbers_rows = True
+        dataset, collator = self.train_dataset, self.data_collator
+        if isinstance(dataset, datasets.Dataset):
+            columns_kept = self._remove_unused_columns(dataset, description="training")
+            self.train_dataset = NumberedDataset(columns_kept, self._domain_ids)
+        else:
+            collator = self._get_collator_with_removed_columns(collator, description="training")
+            if self._is_stream:
+                self.train_dataset = self._numbered_stream(dataset)
+            else:
+                self.train_dataset = NumberedDataset(dataset, self._domain_ids)
+        # Swapped for this call only: evaluation and the parent's own checks must see the user's objects.
+        own_collator, self._user_dataset = self.data_collator, dataset
+        self.data_collator = DataCollatorWithOrigin(collator)
         try:
             return super().get_train_dataloader()
         finally:
-            self._numbers_rows = False
+            self.train_dataset, self.data_collator, self._user_dataset = dataset, own_collator, None
 
     def _get_dataloader(
         self, dataset: Any, description: str, batch_size: int, sampler_fn: Callable | None = None, **kwargs: Any
     ) -> DataLoader:
-        if not self._numbers_rows:
-            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, **kwargs)
-        collator, own = self.data_collator, self.data_collator
-        if isinstance(dataset, datasets.Dataset):
-            numbered: Any = NumberedDataset(
-                self._remove_unused_columns(dataset, description="training"), self._domain_ids
-            )
-        else:
-            collator = self._get_collator_with_removed_columns(collator, description="training")
-            numbered = (
-                self._numbered_stream(dataset) if self._is_stream else NumberedDataset(dataset, self._domain_ids)
-            )
+        if self._user_dataset is not None and sampler_fn is not None:
+            sampler_fn = partial(self._sampler_of_the_pool, sampler_fn)
+        return super()._get_dataloader(dataset, description, batch_size, sampler_fn, **kwargs)
 
-        def sampler_of_the_pool(_: Any) -> Sampler | None:  # with all its columns: sampling by length reads one
-            return None if sampler_fn is None else sampler_fn(dataset)
-
-        # Swapped for this call only: evaluation must see the user's collator.
-        self.data_collator = DataCollatorWithOrigin(collator)
+    def _sampler_of_the_pool(self, sampler_fn: Callable, _: Any) -> Sampler | None:
+        """Make a sampler while all see the user's dataset, with all its columns: samplers read them."""
+        numbered, self.train_dataset = self.train_dataset, self._user_dataset
         try:
-            return super()._get_dataloader(numbered, description, batch_size, sampler_of_the_pool, **kwargs)
+            return sampler_fn(self.train_dataset)
         finally:
-            self.data_collator = own
+            self.train_dataset = numbered
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        if isinstance(train_dataset, NumberedDataset):  # of a loader of the user's own
+            train_dataset = self._user_dataset
+        return super()._get_train_sampler(train_dataset)
 
     def _numbered_stream(self, stream: Any) -> torch.utils.data.IterableDataset:
         return NumberedStream(stream, self.bilevel_config.domain_column, self.bilevel_config.domain_names)
@@ -348,8 +357,13 @@ class BilevelMixin(CheckpointMixin):
     def _collator_for(self, dataset: Any) -> tuple[Any, Callable]:
         """Prepare a map-style dataset as the Trainer prepares its own: unused columns removed."""
         if isinstance(dataset, datasets.Dataset):
-            return self._remove_unused_columns(dataset), self.data_collator
-        return dataset, self._get_collator_with_removed_columns(self.data_collator)
+            return self._remove_unused_columns(dataset), self._collator_beside()
+        return dataset, self._get_collator_with_removed_columns(self._collator_beside())
+
+    def _collator_beside(self) -> Callable:
+        """Return the collator for other uses than the training loader: a copy if it has a generator, which workers would get too."""
+        seed = getattr(self.data_collator, "seed", None)
+        return self.data_collator if seed is None else copy.deepcopy(self.data_collator)
 
     def _endless_loader(self, dataset: Any, batch_size: int, stream: int) -> EndlessLoader:
         """Build a seeded loader of its own over a map-style dataset; ``stream`` tells loaders apart."""
@@ -414,7 +428,7 @@ class BilevelMixin(CheckpointMixin):
 
     def _model_inputs(self, item: Any) -> Mapping[str, Any]:
         """Collate an item; nothing if that is not a mapping."""
-        batch = self._get_collator_with_removed_columns(self.data_collator)([item])
+        batch = self._get_collator_with_removed_columns(self._collator_beside())([item])
         return batch if isinstance(batch, Mapping) else {}
 
     def _check_labels(self, dataset: Any, name: str) -> None:
@@ -512,24 +526,27 @@ class BilevelMixin(CheckpointMixin):
         """Refuse a collator that sorts: which row of a batch is which sample would not be known."""
         dataset, collator = self._collator_for(self.train_dataset)
         items = fetch(dataset, range(min(NUM_TRIED_ROWS, len(dataset))))
+        with_ids = DataCollatorWithOrigin(collator)
 
-        def collated(order: tuple[int, int]) -> tuple[Any, bool]:
-            given = [dict(items[i]) if isinstance(items[i], dict) else items[i] for i in order]
-            rows = list(given)
+        def collated(*rows: int) -> tuple[list[int], dict[str, torch.Tensor]]:
             with private_randomness(derive_seed(self._seed), self.args.device):
-                batch = collator(rows)
-            return batch, [id(row) for row in rows] != [id(row) for row in given]
+                batch = with_ids([number_item(items[i], i, None) for i in rows])
+            ids = pop_origin(batch).sample_ids.tolist()
+            return ids, {k: v for k, v in batch.items() if torch.is_tensor(v) and v.ndim and len(v) == len(rows)}
 
-        for other in range(1, len(items)):
+        def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+            return all(torch.equal(value, b[key]) for key, value in a.items())
+
+        for i in range(1, len(items)):
             try:
-                (batch, sorts_in_place), (reverse, sorts_reverse_in_place) = collated((0, other)), collated((other, 0))
+                (ids, batch), (_, first), (_, other) = collated(0, i), collated(0), collated(i)
+                reversed_ids, reverse = collated(i, 0)
+                sorts = (
+                    batch and ids == reversed_ids[::-1] == [0, i] and same(batch, reverse) and not same(first, other)
+                )
             except Exception:  # a collator that cannot do this says so in training
                 return
-            if sorts_in_place or sorts_reverse_in_place or not isinstance(batch, Mapping):
-                return
-            tensors = {k: v for k, v in batch.items() if torch.is_tensor(v) and v.ndim and len(v) == 2}
-            differ = any(not torch.equal(value[0], value[1]) for value in tensors.values())
-            if differ and all(torch.equal(value, reverse[key]) for key, value in tensors.items()):
+            if sorts:
                 raise ValueError(
                     "The data collator returns rows in an order of its own (it gives the same batch for two samples and for the same "
                     "two the other way round), so it cannot be known which row is which sample. Have it keep the order, or sort the list "

@@ -348,16 +348,7 @@ class BrosMixin(BilevelMixin):
                 "`train_dataset` is a stream, whose samples have no number that a table of weights could be made for. Use "
                 "`upper_variable='network'` or 'domain', or a map-style dataset."
             )
-        if (
-            config.normalise_weights
-            and self._candidate_batch_size == 1
-            and (self._learns() or self._given_weights is not None)
-        ):
-            raise ValueError(
-                "`normalise_weights=True` divides the weights of a batch by their mean, and with `per_device_train_batch_size=1` what is "
-                "left of each is 1: nothing would be learned. Raise the batch size (and lower `gradient_accumulation_steps`), or set "
-                "`normalise_weights=False`."
-            )
+        self._check_normalised_weights()
         if self._given_weights is not None:
             self._check_given_weights()
         self._warn_about_ignored_settings()
@@ -366,6 +357,15 @@ class BrosMixin(BilevelMixin):
         elif self.train_dataset is not None and not self._is_stream:
             self._check_labels(self.train_dataset, "train_dataset")
         self._check_losses(self.target_dataset if self._learns() else self.train_dataset)
+
+    def _check_normalised_weights(self) -> None:
+        weights = self._learns() or self._given_weights is not None
+        if weights and self.bilevel_config.normalise_weights and self._candidate_batch_size == 1:
+            raise ValueError(
+                "`normalise_weights=True` divides the weights of a batch by their mean, and with `per_device_train_batch_size=1` what is "
+                "left of each is 1: nothing would be learned. Raise the batch size (and lower `gradient_accumulation_steps`), or set "
+                "`normalise_weights=False`."
+            )
 
     def _check_double_backward(self) -> None:
         attention = getattr(self.model.config, "_attn_implementation", None) if hasattr(self.model, "config") else None
@@ -451,6 +451,7 @@ class BrosMixin(BilevelMixin):
         self._pending.clear()
         if self._is_off():
             return
+        self._check_normalised_weights()  # the batches may have become smaller
         config, device = self.bilevel_config, self.args.device
         if self.blocks is None or self.blocks.model is not self.model:
             # Kept, as the optimizer that holds its leaves is, when the same model is trained again.
@@ -721,9 +722,11 @@ class BrosMixin(BilevelMixin):
 
     def _schedule(self) -> float:
         """Say where the Trainer's learning rate is on its schedule; the upper variable's follows."""
-        # The rate where the schedule began is that of the optimizer, which may be a user's own.
-        begun_at = self.optimizer.param_groups[0].get("initial_lr", self.args.learning_rate)
-        return self._get_learning_rate() / begun_at if begun_at else 1.0
+        # The highest rate is that of the optimizer, which may be a user's own; some schedules begin low and know another.
+        group, scheduler = self.optimizer.param_groups[0], getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        begun_at = group.get("initial_lr", self.optimizer.defaults.get("lr", self.args.learning_rate))
+        highest = max(begun_at, group.get("max_lr", 0.0), *getattr(scheduler, "max_lrs", [])[:1])
+        return self._get_learning_rate() / highest if highest else 1.0
 
     # Results --------------------------------------------------------------------------------------------------------
 

@@ -19,9 +19,7 @@ from hf_bilevel.trainers.base import BilevelMixin
 class DomainEvaluationMixin(BilevelMixin):
     """Evaluates every domain of a dataset by itself, in the pass that the Trainer makes anyway."""
 
-    _evaluated: tuple[list[str], Tensor] | None = (
-        None  # while a dataset is evaluated by domain: names, sums of losses and units
-    )
+    _totals: Tensor | None = None  # while a dataset is evaluated by domain: of its losses, and of units
     _kept_logits: list[Tensor] | None = None  # while a step of it is
 
     def evaluate(
@@ -47,16 +45,16 @@ class DomainEvaluationMixin(BilevelMixin):
         Cost: no pass more than the Trainer's, unless with ``compute_sample_losses`` or ``predict_with_generate``: one forward more.
         """
         given = self.eval_dataset if eval_dataset is None else eval_dataset
-        self._evaluated = None
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if isinstance(given, Mapping) and not self._is_off():
             losses = {str(name): metrics.get(f"{metric_key_prefix}_{name}_loss") for name in given}
             added = self._domain_metrics({k: v for k, v in losses.items() if v is not None}, metric_key_prefix)
             if added:
+                # Callbacks have heard of each dataset by itself, and early stopping may wait for what is known of all.
+                new = {name: value for name, value in added.items() if name not in metrics}
                 metrics |= added
                 self.log(dict(added))
-                # Callbacks have heard of each dataset by itself, and early stopping may wait for what is known of all.
-                self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, added)
+                self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, new)
         return metrics
 
     def evaluation_loop(
@@ -68,10 +66,16 @@ class DomainEvaluationMixin(BilevelMixin):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Evaluate as ``Trainer``; the metrics of the domains are among those that it logs and callbacks hear of."""
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        if self._evaluated is not None:
-            names, (sums, units) = self._evaluated[0], self._evaluated[1].double().cpu()
-            self._evaluated = None
+        names = getattr(dataloader, "bilevel_domain_names", None)
+        totals = None if names is None else torch.zeros(2, len(names), device=self.args.device)
+        self._totals = totals
+        try:
+            settings = prediction_loss_only, ignore_keys, metric_key_prefix
+            output = super().evaluation_loop(dataloader, description, *settings)
+        finally:
+            self._totals = None
+        if totals is not None:
+            sums, units = totals.double().cpu()
             means = zip(names, (sums / units).tolist(), strict=True)
             output.metrics.update(
                 self._domain_metrics({name: loss for name, loss in means if loss == loss}, metric_key_prefix)
@@ -88,7 +92,6 @@ class DomainEvaluationMixin(BilevelMixin):
         if not is_judged or not isinstance(given, datasets.Dataset) or column not in given.column_names:
             return super().get_eval_dataloader(eval_dataset)
         domain_ids, names = read_domains(given, column)
-        self._evaluated = (list(map(str, names)), torch.zeros(2, len(names), device=self.args.device))
         prepared = self._remove_unused_columns(given, description="evaluation")
         numbered = NumberedDataset(prepared, domain_ids)
         own = self.data_collator, self.eval_dataset
@@ -96,9 +99,11 @@ class DomainEvaluationMixin(BilevelMixin):
         if isinstance(eval_dataset, str):  # by name: the Trainer keeps the loader if its workers persist
             self.eval_dataset, numbered = {**self.eval_dataset, eval_dataset: numbered}, eval_dataset
         try:
-            return super().get_eval_dataloader(numbered)
+            loader = super().get_eval_dataloader(numbered)
         finally:
             self.data_collator, self.eval_dataset = own
+        loader.bilevel_domain_names = list(map(str, names))
+        return loader
 
     def prediction_step(
         self,
@@ -111,6 +116,8 @@ class DomainEvaluationMixin(BilevelMixin):
         if SAMPLE_ID not in inputs:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         origin = pop_origin(inputs)
+        if self._totals is None:  # in a loop of the user's own
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         self._kept_logits = [] if self.compute_sample_losses is None else None
         try:
             loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
@@ -125,8 +132,7 @@ class DomainEvaluationMixin(BilevelMixin):
         rows = (units.losses, units.counts, origin.domain_ids.to(units.losses.device))
         # Not a sum of each process: the last batch may repeat rows to be full.
         losses, counts, domain_ids = self.accelerator.gather_for_metrics(rows)
-        names, totals = self._evaluated
-        totals += torch.stack(domain_means(losses, counts, domain_ids, len(names))).to(totals)
+        self._totals += torch.stack(domain_means(losses, counts, domain_ids, self._totals.shape[1])).to(self._totals)
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
 
     def compute_loss(

@@ -503,7 +503,8 @@ def weights_of_both(problem: Problem) -> Tensor:
     """Weights of target and pool rows in the upper loss of ``pool_share``: the classes count as in the target."""
     (_, wanted), given = problem.target, problem.labels
     num_classes = int(max(wanted.max(), given.max())) + 1
-    ratios = (wanted.bincount(minlength=num_classes) + 1) / given.bincount(minlength=num_classes).clamp(min=1)
+    in_pool = given.bincount(minlength=num_classes)
+    ratios = (wanted.bincount(minlength=num_classes) + 1 / (in_pool > 0).sum()) / in_pool.clamp(min=1)
     of_pool = ratios[given] / ratios[given].sum()
     return torch.cat(
         [(1 - problem.pool_share) * torch.full((len(wanted),), 1 / len(wanted)), problem.pool_share * of_pool]

@@ -1490,6 +1490,46 @@ def test_the_upper_rate_follows_the_schedule_and_no_other_number(given: bool, tm
     assert seen == pytest.approx([1, 0.75, 0.5, 0.25])
 
 
+@pytest.mark.parametrize("kind", ["one_cycle", "cyclic", "plateau"])
+def test_schedules_that_begin_low_or_know_no_beginning(kind: str, tmp_path: Path) -> None:
+    model = make_model("vit")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    rates = torch.optim.lr_scheduler
+    schedule = {
+        "one_cycle": lambda: rates.OneCycleLR(optimizer, max_lr=0.05, total_steps=7),
+        "cyclic": lambda: rates.CyclicLR(optimizer, base_lr=0.001, max_lr=0.1, step_size_up=2),
+        "plateau": lambda: rates.ReduceLROnPlateau(optimizer),
+    }[kind]()
+    trainer, seen = (
+        build(
+            "vit",
+            tmp_path,
+            {"rank": "full"},
+            model=model,
+            learning_rate=5e-5,
+            trainer_kwargs={"optimizers": (optimizer, schedule)},
+        ),
+        [],
+    )
+    step = trainer._schedule
+    trainer._schedule = lambda: seen.append(step()) or seen[-1]
+    if kind == "plateau":
+        trainer.args.eval_strategy = "no"
+        trainer.lr_scheduler.step = lambda *args: None
+        trainer.optimizer = optimizer
+        assert trainer._schedule() == 1
+        return
+    trainer.train()
+    assert 0.5 < max(seen) <= 1.001
+
+
+def test_batches_that_shrink_to_one_row_are_refused(tmp_path: Path) -> None:
+    trainer = build("vit", tmp_path)
+    trainer.args.per_device_train_batch_size = 1
+    with pytest.raises(ValueError, match="what is left of each is 1"):
+        trainer.train()
+
+
 def test_a_broken_hypergradient_is_said_at_the_end(tmp_path: Path) -> None:
     target = make_dataset("vit", 8, seed=7).to_list()
     target[3]["pixel_values"][0][0][0] = math.nan
