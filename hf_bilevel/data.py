@@ -167,9 +167,9 @@ class DataCollatorWithOrigin:
     """
 
     def __init__(self, collator: Callable[[list[Any]], Any]) -> None:
-        self.collator, self._prepared = collator, lambda item: item
-        if isinstance(collator, RemoveColumnsCollator):  # which would hand on a list of its own
-            self.collator, self._prepared = collator.data_collator, collator._remove_columns
+        # The Trainer's own, which would hand on another list, is taken apart.
+        self._remover = collator if isinstance(collator, RemoveColumnsCollator) else None
+        self.collator = collator if self._remover is None else collator.data_collator
 
     def __call__(self, features: list[Any]) -> Any:  # noqa: D102
         sample_ids, domain_ids, items = [], [], []
@@ -181,7 +181,7 @@ class DataCollatorWithOrigin:
                 sample_id, domain_id = item.pop(SAMPLE_ID), item.pop(DOMAIN_ID, None)
             sample_ids.append(sample_id)
             domain_ids.append(domain_id)
-            items.append(self._prepared(item))
+            items.append(item if self._remover is None else self._remover._remove_columns(item))
         given = list(map(id, items))
         batch = self.collator(items)
         left = list(map(id, items))

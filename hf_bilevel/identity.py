@@ -28,8 +28,8 @@ def rows_checksum(dataset: Any) -> str | None:
         dataset: Any; only a ``datasets.Dataset`` has rows that can be compared.
 
     Returns:
-        SHA-256 in 64 hexadecimal digits, or None for other datasets and streams. At most 1,000 rows are read, once for each
-        dataset object.
+        SHA-256 in 64 hexadecimal digits, or None for other datasets, streams, and columns of a kind that cannot be compared. At most
+        1,000 rows are read, once for each dataset object.
 
     Example:
         >>> pool = datasets.Dataset.from_dict({"text": ["a", "b", "c"]})
@@ -40,14 +40,14 @@ def rows_checksum(dataset: Any) -> str | None:
     if not isinstance(dataset, datasets.Dataset):
         return None
     if dataset not in _known:
-        digest = hashlib.sha256(f"{len(dataset)} {sorted(dataset.column_names)}".encode())
-        ids = np.linspace(0, len(dataset) - 1, min(NUM_COMPARED, len(dataset))).round().astype(np.int64)
-        stored = dataset.with_format("arrow")
-        for start in range(0, len(ids), _ROWS_READ_TOGETHER):
-            rows = stored[ids[start : start + _ROWS_READ_TOGETHER].tolist()]
-            for name in sorted(rows.column_names):
-                _update(digest, pyarrow.concat_arrays([_as_stored(chunk) for chunk in rows[name].chunks]))
-        _known[dataset] = digest.hexdigest()
+        try:
+            _known[dataset] = _checksum(dataset)
+        except (
+            pyarrow.ArrowException,
+            TypeError,
+            ValueError,
+        ):  # a column of a kind that is not known here must not end a run
+            return None
     return _known[dataset]
 
 
@@ -64,6 +64,17 @@ def is_dataset_of(dataset: Any, fingerprint: str | None, checksum: str | None) -
     """
     same = getattr(dataset, "_fingerprint", None) == fingerprint
     return same or checksum is not None and rows_checksum(dataset) == checksum
+
+
+def _checksum(dataset: datasets.Dataset) -> str:
+    digest = hashlib.sha256(f"{len(dataset)} {sorted(dataset.column_names)}".encode())
+    ids = np.linspace(0, len(dataset) - 1, min(NUM_COMPARED, len(dataset))).round().astype(np.int64)
+    stored = dataset.with_format("arrow")
+    for start in range(0, len(ids), _ROWS_READ_TOGETHER):
+        rows = stored[ids[start : start + _ROWS_READ_TOGETHER].tolist()]
+        for name in sorted(rows.column_names):
+            _update(digest, pyarrow.concat_arrays([_as_stored(chunk) for chunk in rows[name].chunks]))
+    return digest.hexdigest()
 
 
 def _as_stored(array: pyarrow.Array) -> pyarrow.Array:

@@ -1,6 +1,7 @@
 """Data: ids past any collator, rows against a loop, and the target loader against counting."""
 
 import itertools
+import pickle
 import random
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     default_data_collator,
 )
+from transformers.trainer_utils import RemoveColumnsCollator
 
 from hf_bilevel.data import (
     DOMAIN_ID,
@@ -771,3 +773,10 @@ def test_loader_reads_arrow_rows_in_one_call() -> None:
 
     EndlessLoader(table().with_transform(transform), list, batch_size=4, seed=0).draw()
     assert calls == [4]
+
+
+@pytest.mark.parametrize("collator", [default_data_collator, RemoveColumnsCollator(default_data_collator, ["x"])])
+def test_the_collator_can_be_sent_to_a_worker(collator: Any) -> None:
+    collate = pickle.loads(pickle.dumps(DataCollatorWithOrigin(collator)))
+    numbered = NumberedDataset([{"x": 1.0}, {"x": 2.0}])
+    assert pop_origin(collate([numbered[1], numbered[0]])).sample_ids.tolist() == [1, 0]

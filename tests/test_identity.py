@@ -14,6 +14,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Image, List, Value, concatenate_datasets
 from PIL import Image as PillowImage
 
+from hf_bilevel import identity
 from hf_bilevel.identity import is_dataset_of, rows_checksum
 
 
@@ -133,3 +134,12 @@ def test_columns_of_paths_that_are_no_images(path: Any, content: Any) -> None:
     rows = [{"file": {"path": path, "bytes": content}}, {"file": {"path": path, "bytes": content}}]
     other = [rows[0], {"file": {"path": ["b"] if isinstance(path, list) else "b", "bytes": content}}]
     assert rows_checksum(Dataset.from_list(rows)) != rows_checksum(Dataset.from_list(other))
+
+
+def test_a_column_of_an_unknown_kind_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: Any) -> None:
+        raise pyarrow.ArrowNotImplementedError("a kind of the future")
+
+    monkeypatch.setattr(identity, "_update", unknown)
+    dataset = Dataset.from_dict({"a": [1, 2]})
+    assert rows_checksum(dataset) is None and not is_dataset_of(dataset, "another", None)

@@ -64,9 +64,8 @@ NUM_UNIFORM = 10  # uniform draws that the coreset is measured beside
 
 MAX_LOST_STEPS = 10  # outer steps in a row of which nothing is left, before the search gives up
 
-_POOL, _TARGET, _MASKS, _ROWS, _TRAINING, _FINAL, _UNIFORM, _KERNEL, _KERNEL_ROWS, _REST = range(
-    20, 30
-)  # tell seeds apart
+# Tell seeds apart.
+_POOL, _TARGET, _MASKS, _ROWS, _TRAINING, _FINAL, _UNIFORM, _KERNEL, _KERNEL_ROWS, _REST = range(20, 30)
 
 Engine = SequentialEngine | BatchedEngine | KernelEngine
 
@@ -517,14 +516,12 @@ class CoresetMixin(BilevelMixin):
         if num_wanted < size:
             warnings.warn(
                 f"The search settled on {num_wanted} samples, {size - num_wanted} fewer than asked for: any more would raise the upper loss, "
-                f"so the rest is drawn at random. Lower `size` by as many.",
+                "so the rest is drawn at random. Lower `size` by as many.",
                 stacklevel=5,
             )
             generator = torch.Generator().manual_seed(derive_seed(self._seed, _REST))
             order = torch.randperm(len(probabilities), generator=generator)
-            tiny = torch.finfo(
-                probabilities.dtype
-            ).tiny  # tells the samples of probability 0 apart, and from all others
+            tiny = torch.finfo(probabilities.dtype).tiny  # below any other probability
             probabilities = torch.where(probabilities > 0, probabilities, tiny * (1 + order))
         outer_steps = self.bilevel_config.outer_steps
         if num == 0:
