@@ -255,6 +255,24 @@ def test_a_chain_of_streams_whose_length_is_an_error(tmp_path: Path) -> None:
 # Callbacks, and how runs begin ------------------------------------------------------------------------------------------
 
 
+def stops_early(folder: Path, held_out: Any, metric: str, patience: int, config: MixtureConfig, rate: float) -> Any:
+    watches = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "save_total_limit": 1,
+    }
+    best = {"load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": False}
+    ours = {"target_dataset": make_dataset("llama", 8, 1), "eval_dataset": held_out, "bilevel_config": config}
+    kwargs = {**ours, "callbacks": [EarlyStoppingCallback(patience)]}
+    trainer = make_trainer(
+        MixtureTrainer, "llama", folder, max_steps=60, learning_rate=rate, trainer_kwargs=kwargs, **watches, **best
+    )
+    trainer.train()
+    return trainer
+
+
 @pytest.mark.parametrize(
     ("metric", "kind"),
     [("eval_weighted_loss", "column"), ("eval_code_loss", "column"), ("eval_weighted_loss", "dict")],
@@ -264,57 +282,19 @@ def test_early_stopping_by_the_loss_of_a_domain(metric: str, kind: str, tmp_path
     if kind == "dict":
         names = held_out["source"][:]
         held_out = {d: held_out.select([i for i, n in enumerate(names) if n == d]) for d in ("web", "books", "code")}
-    trainer = make_trainer(
-        MixtureTrainer,
-        "llama",
-        tmp_path,
-        max_steps=60,
-        learning_rate=0.1,
-        eval_strategy="steps",
-        eval_steps=2,
-        save_strategy="steps",
-        save_steps=2,
-        save_total_limit=1,
-        load_best_model_at_end=True,
-        metric_for_best_model=metric,
-        greater_is_better=False,
-        trainer_kwargs={
-            "target_dataset": make_dataset("llama", 8, 1),
-            "eval_dataset": held_out,
-            "callbacks": [EarlyStoppingCallback(2)],
-            "bilevel_config": MixtureConfig(domain_column="source", inner_steps=5, reference_steps=1),
-        },
-    )
-    trainer.train()
+    config = MixtureConfig(domain_column="source", inner_steps=5, reference_steps=1)
+    trainer = stops_early(tmp_path, held_out, metric, 2, config, rate=0.1)
     values = [entry[metric] for entry in trainer.state.log_history if metric in entry]
     best = values.index(min(values))
     assert len(values) == best + 3 == trainer.state.global_step // 2 < 30
 
 
+@pytest.mark.filterwarnings("ignore:`target_dataset` is ignored")
 def test_callbacks_hear_of_a_loss_once(tmp_path: Path) -> None:
     """With a dict of datasets each is evaluated by itself: patience would run out twice as fast."""
     parts = {name: make_dataset("llama", 8, i) for i, name in enumerate(("web", "books"))}
-    trainer = make_trainer(
-        MixtureTrainer,
-        "llama",
-        tmp_path,
-        max_steps=40,
-        learning_rate=0.0,
-        eval_strategy="steps",
-        eval_steps=2,
-        save_strategy="steps",
-        save_steps=2,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_web_loss",
-        greater_is_better=False,
-        trainer_kwargs={
-            "eval_dataset": parts,
-            "callbacks": [EarlyStoppingCallback(4)],
-            "bilevel_config": MixtureConfig(domain_column="source", mixture="uniform"),
-        },
-    )
-    trainer.train()
-    assert trainer.state.global_step == 10
+    config = MixtureConfig(domain_column="source", mixture="uniform")
+    assert stops_early(tmp_path, parts, "eval_web_loss", 4, config, rate=0.0).state.global_step == 10
 
 
 def test_a_loader_is_evaluated_again_and_after_a_failure(tmp_path: Path) -> None:

@@ -401,6 +401,25 @@ def top_mask(probabilities: Tensor, size: int) -> Tensor:
     return resize_mask(torch.zeros_like(probabilities, dtype=torch.bool), probabilities, size)
 
 
+def with_zeros_in_random_order(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """Give samples of probability zero different ones, below any other, so that a coreset is filled up with them at random.
+
+    Args:
+        probabilities: s, ``(n,)``, floating, n at most 16 million in float32.
+        generator: On the CPU.
+
+    Returns:
+        The same but for the zeros, ``(n,)``.
+
+    Example:
+        >>> s = with_zeros_in_random_order(torch.tensor([0.0, 0.5, 0.0, 0.0]), torch.Generator().manual_seed(0))
+        >>> top_mask(s, 2), float(s[1]), bool(s.max() == 0.5), len(s.unique())
+        (tensor([False,  True,  True, False]), 0.5, True, 4)
+    """
+    order = 1 + torch.randperm(len(probabilities), generator=generator).to(probabilities)
+    return torch.where(probabilities > 0, probabilities, torch.finfo(probabilities.dtype).tiny * order)
+
+
 def best_sampled_mask(
     probabilities: Tensor, size: int, num: int, losses: Callable[[Tensor], Tensor], generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:

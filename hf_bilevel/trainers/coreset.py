@@ -33,6 +33,7 @@ from hf_bilevel.core.coreset import (
     search_schedule,
     top_mask,
     uniform_masks,
+    with_zeros_in_random_order,
 )
 from hf_bilevel.core.selection import num_selected
 from hf_bilevel.data import CollatedRows, derive_seed, private_randomness
@@ -520,9 +521,7 @@ class CoresetMixin(BilevelMixin):
                 stacklevel=5,
             )
             generator = torch.Generator().manual_seed(derive_seed(self._seed, _REST))
-            order = torch.randperm(len(probabilities), generator=generator)
-            tiny = torch.finfo(probabilities.dtype).tiny  # below any other probability
-            probabilities = torch.where(probabilities > 0, probabilities, tiny * (1 + order))
+            probabilities = with_zeros_in_random_order(probabilities, generator)
         outer_steps = self.bilevel_config.outer_steps
         if num == 0:
             mask = top_mask(probabilities, size)
