@@ -1,5 +1,6 @@
 """The loss of every sample or token of a batch, for the heads that Trainer users train."""
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -171,9 +172,12 @@ def forward_inputs(model: nn.Module, head: str, batch: Mapping[str, Any]) -> dic
 
     Returns:
         The arguments of the forward pass. For an encoder-decoder, whose decoder reads the labels, they contain
-        ``decoder_input_ids``, or the labels where the model alone knows how to shift them.
+        ``decoder_input_ids``, or the labels where the model alone knows how to shift them. A model that would keep keys and
+        values for generation, as one does that no Trainer has set up, is told not to.
     """
     inputs = {key: value for key, value in batch.items() if key not in ("labels", "shift_labels")}
+    if _keeps_cache(model):
+        inputs.setdefault("use_cache", False)
     if head == "seq2seq_lm" and "decoder_input_ids" not in inputs and "decoder_inputs_embeds" not in inputs:
         base = unwrap(model)
         if hasattr(base, "prepare_decoder_input_ids_from_labels"):
@@ -181,6 +185,14 @@ def forward_inputs(model: nn.Module, head: str, batch: Mapping[str, Any]) -> dic
         else:
             inputs["labels"] = batch["labels"]  # shifted inside the forward pass, which then computes a loss too
     return inputs
+
+
+def _keeps_cache(model: nn.Module) -> bool:
+    base = unwrap(model)
+    config = getattr(base, "config", None)
+    configs = (config, getattr(config, "text_config", None))
+    keeps = any(getattr(entry, "use_cache", False) for entry in configs)
+    return keeps and "use_cache" in inspect.signature(base.forward).parameters
 
 
 def token_losses_from_logits(
@@ -235,6 +247,19 @@ def sample_losses_from_logits(model: nn.Module, logits: Tensor, batch: Mapping[s
     if head in TOKEN_HEADS:
         return per_sample(token_losses_from_logits(head, logits, batch))
     return _classification_losses(unwrap(model).config, logits, batch["labels"], 0.0)
+
+
+def sample_losses_from_log_probs(log_probs: Tensor, label_mask: Tensor) -> UnitLosses:
+    """Compute the loss of every sample from the log-probabilities of its labels.
+
+    Args:
+        log_probs: ``(n, positions)``, in nats; 0 where nothing is predicted.
+        label_mask: Which positions predict a label, of the same shape.
+
+    Returns:
+        Losses and counts, ``(n,)``.
+    """
+    return per_sample(UnitLosses(-_wide(log_probs), label_mask.long()))
 
 
 def class_logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
@@ -541,15 +566,16 @@ def _predictions(model: nn.Module, head: str, inputs: dict[str, Any]) -> Tensor 
             del output_embedding.forward  # uncovers the method of the class
         else:
             output_embedding.forward = patched
-    if not hasattr(base, "_bilevel_scores_logits"):
-        # Once per model: some models apply this layer in their own way, or scale or cap the logits after it (Gemma, Cohere,
-        # Granite). To the last bit: near 0, where a model trained from scratch starts, a cap is almost the identity.
+    # Once per model: some models apply this layer in their own way, or scale or cap the logits after it (Gemma, Cohere,
+    # Granite). To the last bit: near 0, where a model trained from scratch starts, a cap is almost the identity; at 0 itself,
+    # where a layer initialised with zeros is, nothing can be told yet.
+    if not hasattr(base, "_bilevel_scores_logits") and (len(recorded) != 1 or bool(recorded[0][1].any())):
         base._bilevel_scores_logits = len(recorded) != 1 or not torch.equal(
             logits[:, :1], recorded[0][1].to(logits.dtype)
         )
     if whole:
         return logits
-    if base._bilevel_scores_logits or len(recorded) != 1:
+    if getattr(base, "_bilevel_scores_logits", True) or len(recorded) != 1:
         return _logits(model(**inputs))
     ((hidden, _, autocast),) = recorded
     return _HiddenStates(output_embedding, hidden, autocast)

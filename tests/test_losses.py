@@ -1159,16 +1159,19 @@ def test_output_embedding_that_is_not_called() -> None:
                 assert len(calls) == num
 
 
-def test_cap_is_noticed_where_it_hardly_bends_the_logits() -> None:
-    """A model trained from scratch starts with logits near 0, where the cap is almost the identity; later it is not."""
+@pytest.mark.parametrize("start", [1e-3, 0.0])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_cap_is_noticed_where_it_hardly_bends_the_logits(start: float, gradient: bool) -> None:
+    """A model trained from scratch starts with logits near 0, where the cap is almost the identity, or at 0; later it is not."""
     model, batch = gemma(final_logit_softcapping=2.0), text_batch(LARGE, 2, 20)
     embedding = model.get_output_embeddings().weight
     trained = embedding.detach().clone()
     with torch.no_grad():
-        embedding.mul_(1e-3)
+        embedding.mul_(start)
         bare = F.linear(_hidden(model, batch), embedding)
         torch.testing.assert_close(model(**batch).logits, bare, rtol=1e-5, atol=1e-8)  # the same, to allclose
-        unit_losses(model, batch, "token")
+        with torch.set_grad_enabled(gradient):
+            unit_losses(model, batch, "token")
         embedding.copy_(trained)
         expected = model(**batch).loss
         assert abs(expected - token_mean_without_cap(model, batch)) > 1e-2

@@ -229,7 +229,9 @@ def test_a_router_loss_is_said_or_refused(tmp_path: Path) -> None:
         "train_dataset": make_dataset("llama", 16),
         "target_dataset": make_dataset("llama", 8),
     }
-    with pytest.warns(UserWarning, match="it weights or adds something of its own"):
+    with pytest.warns(
+        UserWarning, match="auxiliary loss of `MixtralForCausalLM`'s router .* is left out of the training"
+    ):
         BrosTrainer(model=mixtral(output_router_logits=True, router_aux_loss_coef=0.02), **common)
     model = mixtral()
     model.config.text_config = MixtralConfig(output_router_logits=True)  # where models of images and text have it
@@ -345,11 +347,11 @@ def _without_logits(trainer: Trainer, step: Any, *args: Any, **kwargs: Any) -> A
 
 def _forgetting(trainer: Trainer, compute_loss: Any, *args: Any, **kwargs: Any) -> Any:
     found = compute_loss(trainer, *args, **kwargs)
-    trainer._kept_logits.clear()
+    trainer._kept_outputs.clear()
     return found
 
 
-def test_no_logits_are_kept_after_an_evaluation(tmp_path: Path) -> None:
+def test_no_outputs_are_kept_after_an_evaluation(tmp_path: Path) -> None:
     data = make_dataset("llama", 16)
     trainer = MixtureTrainer(
         model=make_model("llama"),
@@ -359,7 +361,7 @@ def test_no_logits_are_kept_after_an_evaluation(tmp_path: Path) -> None:
     )
     for evaluated in (data, data.remove_columns("source"), {"one": data}):
         trainer.evaluate(evaluated)
-        assert trainer._kept_logits is None
+        assert trainer._kept_outputs is None
 
 
 class OnlyLogits(nn.Module):

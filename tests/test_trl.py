@@ -1,5 +1,8 @@
 """The mixins in front of TRL's SFTTrainer: the same selection as without it, TRL's own metrics, its own preparation."""
 
+import copy
+import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +11,26 @@ import torch
 from datasets import Dataset
 from tiny import LENGTH, VOCABULARY, make_model, make_rows
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainingArguments
+from torch import nn
+from transformers import (
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    TrainingArguments,
+)
 
-from hf_bilevel import BladeConfig, BladeMixin, BladeTrainer, BrosConfig, BrosMixin, MixtureConfig, MixtureMixin
+from hf_bilevel import (
+    BladeConfig,
+    BladeMixin,
+    BladeTrainer,
+    BrosConfig,
+    BrosMixin,
+    CoresetConfig,
+    CoresetMixin,
+    MixtureConfig,
+    MixtureMixin,
+)
 
 pytest.importorskip("trl")
 from trl import SFTConfig, SFTTrainer
@@ -32,6 +52,10 @@ class BrosSFTTrainer(BrosMixin, SFTTrainer):
 
 
 class MixtureSFTTrainer(MixtureMixin, SFTTrainer):
+    pass
+
+
+class CoresetSFTTrainer(CoresetMixin, SFTTrainer):
     pass
 
 
@@ -66,10 +90,13 @@ COMMON = {
 }
 
 
-def make_sft(cls: type, tokenizer: Any, tmp_path: Path, sft: dict | None = None, **kwargs: Any) -> SFTTrainer:
+def make_sft(
+    cls: type, tokenizer: Any, tmp_path: Path, sft: dict | None = None, model: nn.Module | None = None, **kwargs: Any
+) -> SFTTrainer:
     settings = {"max_length": LENGTH + 1, "packing": False, "padding_free": False, "bf16": False, "loss_type": "nll"}
     args = SFTConfig(str(tmp_path), **{**COMMON, **settings, **(sft or {})})
-    trainer = cls(model=make_model("llama"), args=args, processing_class=tokenizer, **kwargs)
+    model = make_model("llama") if model is None else model
+    trainer = cls(model=model, args=args, processing_class=tokenizer, **kwargs)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -275,3 +302,171 @@ def test_a_mixture_weights_losses(tokenizer, tmp_path: Path) -> None:
     assert sum(trainer.mixture.values()) == pytest.approx(1) and trainer.mixture["a"] != 0.5
     with pytest.raises(ValueError, match=r"so `SFTTrainer\.compute_loss` would not be called"):
         make_sft(MixtureSFTTrainer, tokenizer, tmp_path, {"loss_type": "dft"}, bilevel_config=config, **data)
+
+
+# What SFTTrainer does that this package must follow, or refuse -------------------------------------------------------
+
+
+def with_texts(**columns: list[str]) -> Dataset:
+    return Dataset.from_dict(columns or {"text": TEXTS})
+
+
+@pytest.mark.parametrize(
+    ("setting", "target", "message"),
+    [
+        ({"shuffle_dataset": True}, with_texts(), "`shuffle_dataset=True` reorders the pool"),
+        ({"eval_packing": True}, with_texts(), "`eval_packing=True` and `packing=False`"),
+        (
+            {},
+            with_texts(text=TEXTS, prompt=TEXTS, completion=TEXTS),
+            "has the columns .*'completion', 'prompt'.* which `train_",
+        ),
+    ],
+)
+def test_what_would_prepare_the_datasets_differently_is_refused(
+    tokenizer, tmp_path: Path, setting: dict, target: Dataset, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_sft(BladeSFTTrainer, tokenizer, tmp_path, setting, train_dataset=with_texts(), target_dataset=target)
+
+
+def test_a_formatting_function_that_does_not_fit_the_target_is_said(tokenizer, tmp_path: Path) -> None:
+    data = {"train_dataset": with_texts(q=TEXTS), "target_dataset": with_texts(a=TEXTS)}
+    with pytest.raises(ValueError, match="`formatting_func` does not find 'q' in `target_dataset`"):
+        make_sft(BladeSFTTrainer, tokenizer, tmp_path, formatting_func=lambda row: row["q"], **data)
+
+
+def test_a_shuffled_pool_is_nothing_to_a_trainer_that_is_off(tokenizer, tmp_path: Path) -> None:
+    off = BladeConfig(selection_ratio=1)
+    make_sft(
+        BladeSFTTrainer, tokenizer, tmp_path, {"shuffle_dataset": True}, train_dataset=with_texts(), bilevel_config=off
+    ).train()
+
+
+def test_a_coreset_of_texts_is_saved_with_every_checkpoint(tokenizer, tmp_path: Path) -> None:
+    """SFTTrainer writes a model card with each, while the trainer's dataset is the coreset."""
+    setting = {"save_strategy": "steps", "save_steps": 2}
+    config = CoresetConfig(size=8, outer_steps=3, inner_steps=2)
+
+    def make() -> SFTTrainer:
+        data = {"train_dataset": with_texts(), "bilevel_config": config}
+        return make_sft(CoresetSFTTrainer, tokenizer, tmp_path, setting, **data)
+
+    whole = make()
+    whole.train()
+    rest = make()
+    rest.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for ours, theirs in zip(rest.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "Coreset" in card and "8 of 32" in card
+    facts = json.loads((tmp_path / "checkpoint-2" / "bilevel_facts.json").read_text(encoding="utf-8"))
+    assert facts["num_pool"] == 32
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_copy_of_a_model_that_sft_has_trained_is_a_reference(tokenizer, tmp_path: Path, bf16: bool) -> None:
+    """SFTTrainer puts a forward on the model that a copy shares: it would run the model that is trained."""
+    model = make_model("llama")
+    make_sft(SFTTrainer, tokenizer, tmp_path, {"bf16": bf16}, model=model, train_dataset=with_texts()).train()
+    reference = copy.deepcopy(model)
+    trainer = make_sft(
+        BladeSFTTrainer,
+        tokenizer,
+        tmp_path,
+        {"bf16": bf16, "learning_rate": 0.1},
+        model=model,
+        train_dataset=with_texts(),
+        reference_model=reference,
+        bilevel_config=BladeConfig(selection_ratio=0.5, reference="static"),
+    )
+    trainer.train()
+    fresh = make_model("llama")
+    fresh.load_state_dict(reference.state_dict())
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    found, wanted, trained = (m.eval()(**batch).loss for m in (reference, fresh, model))
+    assert torch.equal(found, wanted) and abs(float(found - trained)) > 0.01
+
+
+def mixture_of_experts(coefficient: float) -> nn.Module:
+    torch.manual_seed(0)
+    layers = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "intermediate_size": 16}
+    config = Qwen3MoeConfig(
+        vocab_size=VOCABULARY, head_dim=8, pad_token_id=0, router_aux_loss_coef=coefficient, **layers, **experts
+    )
+    return Qwen3MoeForCausalLM(config)
+
+
+def test_the_loss_of_a_router_is_trained_beside_the_selected_tokens(tokenizer, tmp_path: Path) -> None:
+    def logged(selection_ratio: float) -> dict[str, float]:
+        data = {"train_dataset": with_texts(), "target_dataset": with_texts()}
+        config = BladeConfig(selection_ratio=selection_ratio, sync_steps=100, reference_steps=1)
+        setting = {"max_steps": 1, "gradient_accumulation_steps": 1}
+        trainer = make_sft(
+            BladeSFTTrainer, tokenizer, tmp_path, setting, mixture_of_experts(10.0), bilevel_config=config, **data
+        )
+        trainer.train()
+        return trainer.state.log_history[0]
+
+    off, on = logged(1.0), logged(0.5)
+    assert on["aux_loss"] == off["aux_loss"] and on["loss"] > 10 * on["aux_loss"] * 0.99
+    assert on["loss"] - 10 * on["aux_loss"] != pytest.approx(off["loss"] - 10 * off["aux_loss"], abs=1e-3)
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 1e-3])
+@pytest.mark.parametrize(
+    ("cls", "config", "left_out_of"),
+    [
+        (BrosSFTTrainer, BrosConfig(rank=0.5), "the training"),
+        (MixtureSFTTrainer, MixtureConfig(realisation="weight", domain_column="d", inner_steps=2), "the training"),
+        (MixtureSFTTrainer, MixtureConfig(domain_column="d", inner_steps=2), "the training of the twin"),
+        (CoresetSFTTrainer, CoresetConfig(size=8), "the trainings of the search"),
+    ],
+)
+def test_a_loss_of_a_router_that_is_left_out_is_said(
+    tokenizer, tmp_path: Path, cls: type, config: Any, left_out_of: str, coefficient: float
+) -> None:
+    """Also where it is too small to show in the loss of the first rows."""
+    pool = with_texts(text=TEXTS, d=["a", "b"] * 16)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_sft(
+            cls,
+            tokenizer,
+            tmp_path,
+            {"bf16": True, "max_steps": 8},
+            mixture_of_experts(coefficient),
+            train_dataset=pool,
+            target_dataset=with_texts(),
+            bilevel_config=config,
+        )
+    said = [str(w.message) for w in caught if "router is of a batch" in str(w.message)]
+    assert len(said) == (coefficient > 0)
+    assert all(
+        f"left out of {left_out_of}. Set `router_aux_loss_coef=0.0` in the `SFTConfig`" in text for text in said
+    )
+
+
+def test_domains_are_evaluated_in_the_pass_that_sft_makes(tokenizer, tmp_path: Path) -> None:
+    pool = with_texts(text=TEXTS, d=["a", "b"] * 16)
+    model = make_model("llama")
+    trainer = make_sft(
+        MixtureSFTTrainer,
+        tokenizer,
+        tmp_path,
+        model=model,
+        train_dataset=pool,
+        target_dataset=pool,
+        eval_dataset=pool,
+        bilevel_config=MixtureConfig(domain_column="d", inner_steps=2),
+    )
+    calls: list[str] = []
+    model.model.register_forward_hook(lambda *_: calls.append("backbone"))
+    model.lm_head.register_forward_hook(lambda *_: calls.append("logits"))
+    metrics = trainer.evaluate()
+    assert calls == ["backbone"] * len(trainer.get_eval_dataloader())
+    for name, rows in (("a", range(0, 32, 2)), ("b", range(1, 32, 2))):
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in rows])
+        with torch.no_grad():
+            assert metrics[f"eval_{name}_loss"] == pytest.approx(float(model(**batch).loss), rel=1e-5)

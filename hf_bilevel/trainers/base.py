@@ -46,6 +46,7 @@ from hf_bilevel.losses import (
     evaluating,
     find_head,
     unit_losses,
+    unwrap,
     weighted_loss,
 )
 from hf_bilevel.subset import SelectedSubset, dataset_facts, ranking_facts
@@ -102,6 +103,8 @@ class BilevelMixin(CheckpointMixin):
         self.bilevel_config = self.config_class() if bilevel_config is None else bilevel_config
         self.target_dataset = target_dataset
         self.compute_sample_losses = compute_sample_losses
+        if self._is_sft and not self._is_off():
+            self._check_preparation(args, kwargs.get("train_dataset"))
         is_prepared_by_trl = self._is_sft and not self._is_off() and isinstance(target_dataset, datasets.Dataset)
         if is_prepared_by_trl and len(target_dataset):  # of an empty one the checks below say more
             self._init_sft(model, args, **kwargs)
@@ -123,11 +126,25 @@ class BilevelMixin(CheckpointMixin):
     def _is_sft(self) -> bool:
         return any(parent.__name__ == "SFTTrainer" and _is_of_trl(parent) for parent in type(self).__mro__)
 
+    def _check_preparation(self, args: Any, pool: Any) -> None:
+        """Refuse what SFTTrainer would do to the datasets and this trainer could not follow."""
+        if getattr(args, "shuffle_dataset", False) and isinstance(pool, datasets.Dataset):
+            raise ValueError(
+                "`shuffle_dataset=True` reorders the pool while SFTTrainer prepares it, and sample ids would name other rows than "
+                "those of the dataset that you gave. Leave it out: every epoch draws the rows in a new order anyway."
+            )
+        eval_packing, packing = getattr(args, "eval_packing", None), getattr(args, "packing", False)
+        if eval_packing is not None and eval_packing != packing and self.target_dataset is not None:
+            raise ValueError(
+                f"`eval_packing={eval_packing}` and `packing={packing}`: SFTTrainer prepares the target dataset as it does those to "
+                "evaluate on, so that its rows would not be like the pool's. Leave `eval_packing` out."
+            )
+
     def _init_sft(self, model: Any, args: Any, eval_dataset: Any = None, **kwargs: Any) -> None:
         """Let ``SFTTrainer`` prepare the target dataset as it prepares those to evaluate on: by adding it to them."""
         if eval_dataset is None and getattr(args, "eval_strategy", "no") != "no":
             return super().__init__(model=model, args=args, **kwargs)  # raises for want of something to evaluate on
-        self._check_columns_for_sft(args, kwargs.get("train_dataset"))
+        self._check_columns_for_sft(args, kwargs.get("train_dataset"), kwargs.get("formatting_func"))
         several, name = isinstance(eval_dataset, dict), "target_dataset"
         prepared = eval_dataset if several else {"eval": eval_dataset} if eval_dataset is not None else {}
         while name in prepared:
@@ -137,15 +154,31 @@ class BilevelMixin(CheckpointMixin):
         if not several:
             self.eval_dataset = self.eval_dataset.get("eval")
 
-    def _check_columns_for_sft(self, args: Any, pool: Any) -> None:
+    def _check_columns_for_sft(self, args: Any, pool: Any, formatting_func: Callable | None) -> None:
         """Refuse a target dataset that SFTTrainer could not tokenise as it does the pool."""
         read = {getattr(args, "dataset_text_field", "text"), "messages", "conversations", "prompt", "completion"}
         columns = self.target_dataset.column_names
-        missing = (read & set(getattr(pool, "column_names", None) or ())) - set(columns)
-        if missing and "input_ids" not in columns:
+        of_pool = set(getattr(pool, "column_names", None) or ())
+        missing, added = (read & of_pool) - set(columns), (read & set(columns)) - of_pool
+        if "input_ids" in columns:
+            return
+        if missing:
             raise ValueError(
                 f"`target_dataset` has the columns {columns} and lacks {sorted(missing)}, which SFTTrainer reads from "
                 "`train_dataset`. Give both the same columns, or a target dataset that is tokenised already (`input_ids`)."
+            )
+        if formatting_func is not None:
+            try:
+                formatting_func(self.target_dataset[0])
+            except KeyError as error:
+                raise ValueError(
+                    f"`formatting_func` does not find {error} in `target_dataset`, which has the columns {columns}. Give it those of "
+                    "`train_dataset`, or a target dataset that is tokenised already (`input_ids`)."
+                ) from error
+        elif added and read & of_pool:
+            raise ValueError(
+                f"`target_dataset` has the columns {sorted(added)}, which `train_dataset` lacks and SFTTrainer would read in place of "
+                f"{sorted(read & of_pool)}. Remove them (`target_dataset.remove_columns({sorted(added)})`)."
             )
 
     def _pool_as_given(self) -> Any:
@@ -403,8 +436,8 @@ class BilevelMixin(CheckpointMixin):
         except KeyError as error:
             has = f" It has {sorted(target[0])}." if isinstance(target[0], Mapping) else ""
             raise ValueError(
-                f"The data collator does not find {error} in `target_dataset`.{has} Prepare it as `train_dataset` is prepared; TRL's "
-                "SFTTrainer does so by itself, for a `datasets.Dataset`."
+                f"The data collator does not find {error} in `target_dataset`.{has} Prepare it as `train_dataset` is prepared; for a "
+                "`datasets.Dataset` of texts TRL's SFTTrainer does so by itself."
             ) from error
         if pool_inputs.keys() != target_inputs.keys():
             raise ValueError(
@@ -469,8 +502,35 @@ class BilevelMixin(CheckpointMixin):
             "that cuts off the answers for instance."
         )
 
+    def _adds_router_loss(self) -> bool:
+        """Say whether training adds the loss that keeps the experts of a mixture busy, which is of a batch and of no sample."""
+        if self._is_sft:
+            return bool(getattr(self, "aux_loss_enabled", False))
+        config = getattr(unwrap(self.model), "config", None)
+        configs = (config, getattr(config, "text_config", None))
+        return any(getattr(entry, "output_router_logits", False) for entry in configs)
+
+    def _without_router_loss(self) -> str | None:
+        """Name what this method trains without it; None if it is in all that is trained."""
+        return None
+
+    def _how_to_drop_router_loss(self) -> str:
+        return (
+            "`router_aux_loss_coef=0.0` in the `SFTConfig`"
+            if self._is_sft
+            else "`output_router_logits = False` in the model's configuration"
+        )
+
     def _check_losses(self, dataset: Any) -> None:
         """Warn if the losses that samples are judged by are not the loss that the model reports for them."""
+        if self._adds_router_loss():
+            if left_out_of := self._without_router_loss():
+                warnings.warn(
+                    f"The auxiliary loss of `{class_of(unwrap(self.model)).__name__}`'s router is of a batch, not of its samples, and is left "
+                    f"out of {left_out_of}. Set {self._how_to_drop_router_loss()} to train without it throughout.",
+                    stacklevel=5,
+                )
+            return
         own_loss = (
             self.label_smoother is None and self.compute_loss_func is None and self.compute_sample_losses is None
         )

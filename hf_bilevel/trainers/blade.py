@@ -227,7 +227,7 @@ class BladeMixin(ReferenceMixin):
     """BLADE for ``Trainer`` and its subclasses; see ``BladeTrainer``.
 
     A subclass that overrides ``compute_loss`` can be mixed with if it calls ``model(**inputs)`` once and takes the loss
-    from the outputs or from ``super().compute_loss``; at token level this is checked at every step.
+    from the outputs or from ``super().compute_loss``; at token level both are checked at every step.
     """
 
     method = "blade"
@@ -330,19 +330,22 @@ class BladeMixin(ReferenceMixin):
                 f"`{given}` replaces the model's loss, so its tokens cannot be selected. Drop it, or use "
                 "`granularity='sample'`."
             )
-        configs = (self.model.config, getattr(self.model.config, "text_config", None))
-        if any(getattr(config, "output_router_logits", False) for config in configs):
+        if self._adds_router_loss() and not self._is_sft:  # which adds it to whatever tokens are selected
             raise ValueError(
                 "`output_router_logits=True` adds a router loss inside the model's own loss, which token selection "
-                "replaces. Set `output_router_logits = False` in the model's configuration, or use `granularity='sample'`."
+                f"replaces. Set {self._how_to_drop_router_loss()}, or use `granularity='sample'`."
             )
         dropout = [m.p for m in self.model.modules() if isinstance(m, nn.Dropout) and m.p > 0]
         dropout += [getattr(self.model.config, "attention_dropout", 0.0) or 0.0]
-        if self._reference_kind != "none" and max(dropout) > 0:
+        noise = {
+            f"Dropout of up to {max(dropout)}": max(dropout),
+            "`neftune_noise_alpha`": self.args.neftune_noise_alpha,
+        }
+        for name in [name for name, strength in noise.items() if strength and self._reference_kind != "none"]:
             warnings.warn(
-                f"Dropout of up to {max(dropout)} is on. At token level the proxy's losses come from the training forward, "
-                "with dropout, and the reference's without, which biases the excess loss. Set the model's dropout to 0, "
-                "as is usual for language models.",
+                f"{name} is on. At token level the proxy's losses come from the training forward, with its noise, and the "
+                "reference's without, which biases the excess loss. Set it to 0, as is usual for language models, or use "
+                "`granularity='sample'`.",
                 stacklevel=5,
             )
 
@@ -563,6 +566,12 @@ class BladeMixin(ReferenceMixin):
             raise RuntimeError(
                 f"`compute_loss` of a class behind BladeMixin called `model(**inputs)` {selecting.num_calls} times; token "
                 "selection needs exactly one call. Use `granularity='sample'`, which selects before `compute_loss`."
+            )
+        if not _is_made_from(result[0] if return_outputs else result, selecting.selected):
+            raise RuntimeError(
+                "`compute_loss` of a class behind BladeMixin computes its loss from the logits, so that all tokens would be trained on. "
+                "Have it take `outputs.loss`, in which those that are selected count, or use `granularity='sample'`, which selects "
+                "before `compute_loss`."
             )
         return result
 
@@ -887,6 +896,7 @@ class _SelectingModel:
         self._origin = origin
         self._plan = plan
         self.num_calls = 0
+        self.selected: Tensor | None = None  # what the loss must be made from
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -906,7 +916,7 @@ class _SelectingModel:
         units = token_losses_from_logits(head, outputs["logits"], inputs)
         keep, planned = self._trainer._select_tokens(units, self._origin, self._plan)
         total = torch.where(keep, units.losses, 0.0).sum()
-        outputs["loss"] = total / (planned.clamp(min=1) if num_items is None else num_items)
+        outputs["loss"] = self.selected = total / (planned.clamp(min=1) if num_items is None else num_items)
         return outputs
 
     def _log_probs_of_selected(self, inputs: dict[str, Any]) -> Any:
@@ -917,8 +927,23 @@ class _SelectingModel:
         if "shift_labels" not in inputs:  # the last position, which predicts nothing, is missing
             units = UnitLosses(F.pad(units.losses, (0, 1)), F.pad(units.counts, (0, 1)))
         keep, _ = self._trainer._select_tokens(units, self._origin, self._plan)
-        outputs.log_probs = torch.where(keep[:, :width], outputs.log_probs, 0.0)
+        outputs.log_probs = self.selected = torch.where(keep[:, :width], outputs.log_probs, 0.0)
         return outputs
+
+
+def _is_made_from(result: Any, part: Tensor) -> bool:
+    """Say whether a tensor's gradients flow through another; both usually lie a few operations apart."""
+    if not isinstance(result, Tensor) or result.grad_fn is None or part.grad_fn is None:
+        return True  # backward says what is wrong
+    seen, waiting = {result.grad_fn}, deque([result.grad_fn])
+    while waiting:
+        node = waiting.popleft()
+        if node is part.grad_fn:
+            return True
+        found = {parent for parent, _ in node.next_functions if parent is not None} - seen
+        seen |= found
+        waiting.extend(found)
+    return False
 
 
 class BladeTrainer(BladeMixin, Trainer):

@@ -358,6 +358,9 @@ class BrosMixin(BilevelMixin):
             self._check_labels(self.train_dataset, "train_dataset")
         self._check_losses(self.target_dataset if self._learns() else self.train_dataset)
 
+    def _without_router_loss(self) -> str:
+        return "the training"
+
     def _check_normalised_weights(self) -> None:
         weights = self._learns() or self._given_weights is not None
         if weights and self.bilevel_config.normalise_weights and self._candidate_batch_size == 1:

@@ -54,6 +54,7 @@ from hf_bilevel.trainers.agreement import check_agreement
 from hf_bilevel.trainers.base import BilevelMixin
 from hf_bilevel.trainers.checkpoints import write_state
 from hf_bilevel.trainers.config import BilevelConfig
+from hf_bilevel.trainers.reference_models import restore_forwards
 from hf_bilevel.trainers.sharding import is_partitioned, is_sharded
 
 SEARCH_FOLDER = "coreset_search"
@@ -231,7 +232,7 @@ class CoresetMixin(BilevelMixin):
         self._subset: SelectedSubset | None = None
         self._searched_losses: list[float] = []
         self._search_seconds: float | None = None
-        self._on_coreset = False
+        self._whole_pool: Any = None  # while its coreset is trained on
         super().__init__(*args, **kwargs)
 
     # Setup ----------------------------------------------------------------------------------------------------------
@@ -261,6 +262,8 @@ class CoresetMixin(BilevelMixin):
                 warnings.warn("`required_ids` is ignored with `size='pool'`, which keeps every sample.", stacklevel=4)
             return
         super()._check_bilevel_setup()
+        if self.search_model is not None:
+            restore_forwards(self.search_model)
         if self.compute_sample_losses is None:
             for model in {id(m): m for m in (self.model, self._searched_model())}.values():
                 if find_head(model) is None:
@@ -303,6 +306,9 @@ class CoresetMixin(BilevelMixin):
                 "`compute_sample_losses=`, (model, batch) -> losses of shape (n,), for it to see the same loss.",
                 stacklevel=5,
             )
+
+    def _without_router_loss(self) -> str:
+        return "the trainings of the search"
 
     def _find_free_ids(self) -> Tensor:
         """List the samples that the search decides about: all that are not required."""
@@ -353,7 +359,7 @@ class CoresetMixin(BilevelMixin):
         return True
 
     def _prepare_pool(self) -> None:
-        if self._on_coreset:
+        if self._whole_pool is not None:
             self._prepared_pool = self.train_dataset
             return
         super()._prepare_pool()
@@ -751,14 +757,14 @@ class CoresetMixin(BilevelMixin):
         elif self._subset is None:
             self.search()
         pool, domain_ids, ids = self.train_dataset, self._domain_ids, self._subset.ids.sort().values
-        self._on_coreset = True
+        self._whole_pool = pool
         self.train_dataset = self._prepared_pool = _rows_of(pool, ids)
         self._domain_ids = None if domain_ids is None else domain_ids[ids]
         try:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
             self.train_dataset = self._prepared_pool = pool
-            self._domain_ids, self._on_coreset = domain_ids, False
+            self._domain_ids, self._whole_pool = domain_ids, None
 
     def selected_subset(self) -> SelectedSubset:
         """Return the coreset.
@@ -904,7 +910,10 @@ class CoresetMixin(BilevelMixin):
 
     def _chosen_images(self) -> list[Any]:
         """Collect images of the coreset, the most probable first; none if the pool's rows hold none."""
-        rows = [self.train_dataset[int(i)] for i in self._subset.ids[:MAX_IMAGES]]
+        pool = (
+            self.train_dataset if self._whole_pool is None else self._whole_pool
+        )  # TRL writes a card with every checkpoint
+        rows = [pool[int(i)] for i in self._subset.ids[:MAX_IMAGES]]
         for key in ("pixel_values", "image"):
             if all(isinstance(row, Mapping) and key in row for row in rows):
                 images = [np.asarray(row[key]) for row in rows]

@@ -12,7 +12,14 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from hf_bilevel.core.mixture import domain_means
 from hf_bilevel.data import SAMPLE_ID, DataCollatorWithOrigin, NumberedDataset, pop_origin, read_domains
-from hf_bilevel.losses import TOKEN_HEADS, find_head, sample_losses_from_logits, unit_losses
+from hf_bilevel.losses import (
+    TOKEN_HEADS,
+    UnitLosses,
+    find_head,
+    sample_losses_from_log_probs,
+    sample_losses_from_logits,
+    unit_losses,
+)
 from hf_bilevel.trainers.base import BilevelMixin
 
 
@@ -20,7 +27,7 @@ class DomainEvaluationMixin(BilevelMixin):
     """Evaluates every domain of a dataset by itself, in the pass that the Trainer makes anyway."""
 
     _totals: Tensor | None = None  # while a dataset is evaluated by domain: of its losses, and of units
-    _kept_logits: list[Tensor] | None = None  # while a step of it is
+    _kept_outputs: list[Any] | None = None  # while a step of it is
 
     def evaluate(
         self,
@@ -112,41 +119,48 @@ class DomainEvaluationMixin(BilevelMixin):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
-        """Take the Trainer's evaluation step, and add up the losses by domain from the same logits."""
+        """Take the Trainer's evaluation step, and add up the losses by domain from the same outputs."""
         if SAMPLE_ID not in inputs:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         origin = pop_origin(inputs)
         if self._totals is None:  # in a loop of the user's own
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        self._kept_logits = [] if self.compute_sample_losses is None else None
+        self._kept_outputs = [] if self.compute_sample_losses is None else None
         try:
-            loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
-            inputs = self._prepare_inputs(inputs)
+            found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
             with torch.no_grad():
-                if self._kept_logits:
-                    units = sample_losses_from_logits(self.model, self._kept_logits[0], inputs)
-                else:  # beside generated tokens no logits were made by way of a loss
-                    units = unit_losses(model, inputs, "sample", compute_sample_losses=self.compute_sample_losses)
+                units = self._losses_from_outputs(model, self._prepare_inputs(inputs))
         finally:
-            self._kept_logits = None
+            self._kept_outputs = None
         rows = (units.losses, units.counts, origin.domain_ids.to(units.losses.device))
         # Not a sum of each process: the last batch may repeat rows to be full.
         losses, counts, domain_ids = self.accelerator.gather_for_metrics(rows)
         self._totals += torch.stack(domain_means(losses, counts, domain_ids, self._totals.shape[1])).to(self._totals)
-        return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
+        return found
+
+    def _losses_from_outputs(self, model: nn.Module, inputs: dict[str, Any]) -> UnitLosses:
+        """Read the samples' losses off what the model has just returned; beside generated tokens it returned nothing by way of a loss."""
+        outputs = self._kept_outputs[0] if self._kept_outputs else None
+        if isinstance(outputs, Mapping) and outputs.get("log_probs") is not None:  # TRL's, which never has all logits
+            return sample_losses_from_log_probs(outputs["log_probs"], outputs["label_mask"])
+        if isinstance(outputs, Mapping) and outputs.get("logits") is not None:
+            return sample_losses_from_logits(self.model, outputs["logits"], inputs)
+        if isinstance(outputs, tuple) and len(outputs) > 1:
+            return sample_losses_from_logits(self.model, outputs[1], inputs)
+        return unit_losses(model, inputs, "sample", compute_sample_losses=self.compute_sample_losses)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Compute the Trainer's loss; an evaluation step takes its logits by name, as other outputs may stand in front of them."""
-        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if return_outputs and self._kept_logits is not None:
-            outputs = found[1]
-            if isinstance(outputs, tuple) and len(outputs) > 1:
-                self._kept_logits.append(outputs[1])
-            elif isinstance(outputs, Mapping) and outputs.get("logits") is not None:
-                self._kept_logits.append(outputs["logits"])
-        return found
+        """Compute the Trainer's loss; an evaluation step keeps what the model returns, of which TRL hands on the loss alone."""
+        kept = self._kept_outputs
+        if kept is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        hook = model.register_forward_hook(lambda _, __, outputs: kept.append(outputs))
+        try:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        finally:
+            hook.remove()
 
     def _domain_metrics(self, losses: dict[str, float], prefix: str) -> dict[str, float]:
         if not losses:

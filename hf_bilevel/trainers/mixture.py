@@ -350,6 +350,12 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
             self._check_unrolled()
         self._check_losses(self.target_dataset)
 
+    def _without_router_loss(self) -> str | None:
+        if self._weights_losses():
+            return "the training"
+        has_other_twin = self.bilevel_config.hypergradient == "penalty" and has_forward_of_its_own(unwrap(self.model))
+        return "the training of the twin" if self._learns() and has_other_twin else None
+
     def _check_loss_of_twin(self) -> None:
         """Refuse losses that the twin, which has no such forward, could not repeat."""
         others = {

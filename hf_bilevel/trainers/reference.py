@@ -21,6 +21,7 @@ from hf_bilevel.trainers.reference_models import (
     check_adapter,
     copy_of,
     is_peft_model,
+    restore_forwards,
 )
 from hf_bilevel.trainers.sharding import is_sharded, reshard
 
@@ -55,6 +56,12 @@ class ReferenceMixin(BilevelMixin):
                     "`reference='static'` needs a `reference_model`: a frozen model of the same kind, trained on the "
                     "target data for instance. Pass one, or use `reference='dynamic'`."
                 )
+            if not isinstance(self.reference_model, nn.Module):
+                raise TypeError(
+                    "`reference_model` must be a model, `AutoModelForCausalLM.from_pretrained(...)` for instance, got "
+                    f"{self.reference_model!r:.80}."
+                )
+            restore_forwards(self.reference_model)
             pairs = zip(self.model.parameters(), self.reference_model.parameters(), strict=False)
             if any(own is given for own, given in pairs):
                 raise ValueError(

@@ -290,8 +290,41 @@ def has_forward_of_its_own(model: nn.Module) -> bool:
 
 def _holds(function: Any, model: nn.Module) -> bool:
     """Say whether a function is a closure over a model or one of its methods."""
-    contents = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
-    return any(content is model or getattr(content, "__self__", None) is model for content in contents)
+    return any(content is model or getattr(content, "__self__", None) is model for content in _contents(function))
+
+
+def _contents(function: Any) -> list[Any]:
+    cells = getattr(function, "__closure__", None) or ()
+    return [cell.cell_contents for cell in cells if cell != types.CellType()]  # one that is empty has no contents
+
+
+def restore_forwards(model: nn.Module) -> None:
+    """Give modules the ``forward`` of their class where they have one that runs another model, as ``copy.deepcopy`` leaves them.
+
+    TRL's SFTTrainer puts such a method on the model that it trains. In a copy it still runs the original, with its weights.
+
+    Args:
+        model: Changed in place.
+    """
+    own = set(model.modules())
+    for module in own:
+        patches = [vars(module).get(name) for name in ("forward", "_original_forward")]
+        if any(isinstance(held, nn.Module) and held not in own for patch in patches for held in _held_by(patch)):
+            for name in ("forward", "_original_forward"):
+                vars(module).pop(name, None)
+
+
+def _held_by(function: Any) -> Iterator[Any]:
+    """Yield what a function is a closure over, its methods' owners and inner functions included."""
+    waiting, seen = [getattr(function, "__func__", function)], set()
+    while waiting:
+        inner = waiting.pop()
+        if id(inner) in seen:
+            continue
+        seen.add(id(inner))
+        yield inner
+        waiting += _contents(inner)
+        waiting += [getattr(inner, name) for name in ("__wrapped__", "__self__") if hasattr(inner, name)]
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

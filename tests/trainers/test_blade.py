@@ -1118,6 +1118,13 @@ def test_settings_are_checked_against_model_and_batch(tmp_path: Path) -> None:
         model=model,
         trainer_kwargs={"reference_model": model},
     )
+    with pytest.raises(TypeError, match="`reference_model` must be a model, .*got 'me/reference'"):
+        make_trainer(
+            BladeTrainer,
+            "vit",
+            tmp_path,
+            trainer_kwargs={"reference_model": "me/reference", "bilevel_config": BladeConfig(**STATIC)},
+        )
     question_answering = BertForQuestionAnswering(
         BertConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     )
@@ -1158,6 +1165,49 @@ def test_warnings_about_ignored_settings(tmp_path: Path) -> None:
         make_trainer(
             BladeTrainer, "llama", tmp_path, dropout=0.1, trainer_kwargs={"target_dataset": make_dataset("llama", 4)}
         )
+    noisy = {"neftune_noise_alpha": 5.0, "trainer_kwargs": {"target_dataset": make_dataset("llama", 4)}}
+    with pytest.warns(UserWarning, match="`neftune_noise_alpha` is on"):
+        make_trainer(BladeTrainer, "llama", tmp_path, **noisy)
+
+
+@pytest.mark.parametrize("takes", ["outputs", "super", "logits"])
+def test_a_loss_that_selection_cannot_reach_is_refused(tmp_path: Path, takes: str) -> None:
+    class OwnTrainer(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            if takes == "super":
+                return 2 * super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            outputs = model(**inputs)
+            logits = outputs["logits"][:, :-1].flatten(0, 1)
+            own = F.cross_entropy(logits, inputs["labels"][:, 1:].flatten())
+            loss = outputs["loss"] + 0.1 * logits.square().mean() if takes == "outputs" else own
+            return (loss, outputs) if return_outputs else loss
+
+    class OwnBladeTrainer(BladeMixin, OwnTrainer):
+        pass
+
+    settings = {
+        "bilevel_config": BladeConfig(selection_ratio=0.5),
+        "target_dataset": make_dataset("llama", 4),
+    }
+    trainer = make_trainer(OwnBladeTrainer, "llama", tmp_path, trainer_kwargs=settings)
+    if takes == "logits":
+        with pytest.raises(
+            RuntimeError, match="computes its loss from the logits, so that all tokens would be trained"
+        ):
+            trainer.train()
+    else:
+        trainer.train()
+
+
+def test_a_reference_keeps_no_cache(tmp_path: Path) -> None:
+    reference = make_model("llama")
+    assert reference.config.use_cache
+    caches: list[Any] = []
+    reference.register_forward_hook(lambda module, args, outputs: caches.append(outputs.past_key_values))
+    settings = {"bilevel_config": BladeConfig(**STATIC), "reference_model": reference}
+    make_trainer(BladeTrainer, "llama", tmp_path, trainer_kwargs=settings).train()
+    assert caches and not any(caches)
+    assert reference.config.use_cache
 
 
 @pytest.mark.parametrize(
