@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from huggingface_hub import DatasetCardData
+from huggingface_hub import DatasetCard, DatasetCardData
 from huggingface_hub.utils import validate_repo_id
 from markupsafe import Markup
 
@@ -20,6 +20,8 @@ DATASET_TEMPLATE, MODEL_TEMPLATE = "dataset_card.md.jinja", "model_section.md.ji
 Results = Mapping[str, Mapping[str, float | Sequence[float]]]
 
 ROWS_PATH, SELECTION_PATH = "data/train-00000-of-00001.parquet", "subset.parquet"
+
+NOTES_BEGIN = "<!-- What you write below stays when the subset is uploaded again. -->"
 
 MAX_VALUE = 200
 
@@ -267,7 +269,34 @@ def dataset_card(
         results=results,
         has_controls=bool(facts.get("controls")),
         pictures=pictures,
+        notes_begin=Markup(NOTES_BEGIN),
     )
+
+
+def keep_what_was_added(card: str, earlier: str, is_ours: bool) -> str:
+    """Put into a new card of a repository what its owner has added to the earlier one: a licence, a gate, notes.
+
+    Args:
+        card: From ``dataset_card``.
+        earlier: That of the repository.
+        is_ours: Whether that was made by ``dataset_card``, or by hand.
+
+    Returns:
+        The card, with what the earlier header says beside the files, the size and our tags, and with the notes under it; all of a
+        text that was written by hand is notes.
+    """
+    try:
+        new, old = (DatasetCard(text, ignore_metadata_errors=True) for text in (card, earlier))
+    except ValueError:  # a header that is no YAML
+        return card
+    ours, theirs = new.data.to_dict(), old.data.to_dict()
+    theirs.pop("dataset_info", None)  # of other files
+    tags = [*ours["tags"], *(tag for tag in theirs.get("tags") or () if tag not in ours["tags"])]
+    header = {**ours, **theirs, "configs": ours["configs"], "size_categories": ours["size_categories"], "tags": tags}
+    _, _, notes = earlier.partition(NOTES_BEGIN) if is_ours else ("", "", f"\n\n{old.text.strip()}\n")
+    if header == ours and not notes.strip():
+        return card
+    return f"---\n{DatasetCardData(**header).to_yaml()}\n---\n{new.text.rstrip()}{notes}"
 
 
 def _render(template: str, **values: Any) -> str:

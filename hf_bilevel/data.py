@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
@@ -485,7 +486,7 @@ def read_domains(dataset: Any, column: str, domain_names: list[str] | None = Non
 
     Args:
         dataset: A dataset whose items (or, for ``datasets.Dataset``, whose table) have the column.
-        column: Name of the column; it holds names or integers.
+        column: Name of the column; it holds names, a ``ClassLabel``'s among them, or integers.
         domain_names: Names in the order wanted; sorted names of what occurs if None. For integers, names of 0..D-1.
 
     Returns:
@@ -504,7 +505,7 @@ def read_domains(dataset: Any, column: str, domain_names: list[str] | None = Non
                 f"`train_dataset` has no column `{column}` to read domains from; its columns are "
                 f"{sorted(dataset.column_names)}. Set `domain_column` to one of them."
             )
-        values = list(dataset.with_format(None)[column])
+        values = _names_of_classes(dataset, column, domain_names)
     else:
         items = (dataset[i] for i in tqdm(range(len(dataset)), desc="Reading domains", leave=False))
         values = []
@@ -539,6 +540,39 @@ def read_domains(dataset: Any, column: str, domain_names: list[str] | None = Non
             f"Column `{column}` holds domain {int(ids.max())}, `domain_names` has only {len(names)}: {names}."
         )
     return ids, names
+
+
+def name_domains(dataset: datasets.Dataset, column: str, domain_names: list[str] | None = None) -> list[str]:
+    """Name the domain of every row as ``read_domains`` names those of the pool, also where the pool lacks it.
+
+    Args:
+        dataset: A dataset with the column.
+        column: Its name; it holds names or integers.
+        domain_names: As for ``read_domains``.
+
+    Returns:
+        The name of each row's domain.
+
+    Example:
+        >>> name_domains(datasets.Dataset.from_dict({"source": [1, 0, 2]}), "source", ["web", "books"])
+        ['books', 'web', '2']
+    """
+    names = domain_names or []
+    return [
+        names[value] if isinstance(value, int) and 0 <= value < len(names) else str(value)
+        for value in _names_of_classes(dataset, column, domain_names)
+    ]
+
+
+def _names_of_classes(dataset: Any, column: str, domain_names: list[str] | None) -> list[Any]:
+    """Read a column, a ``ClassLabel`` as names, unless it is numbers of other names."""
+    values = list(dataset.with_format(None)[column])
+    feature = dataset.features[column]
+    if not isinstance(feature, datasets.ClassLabel) or feature.names is None:
+        return values
+    if domain_names is not None and set(feature.names).isdisjoint(domain_names):
+        return values
+    return [feature.names[v] if isinstance(v, int) and 0 <= v < len(feature.names) else v for v in values]
 
 
 def derive_seed(*parts: int) -> int:

@@ -67,7 +67,7 @@ def domain_weights_over_time(steps: list[int], weights: list[list[float]], names
     for place, j in enumerate(order):
         named = place < 12
         colour = colormaps["tab20"](place) if named else "#bbbbbb"
-        label = f"{names[j]}  {values[-1, j]:.2f}" if named else None
+        label = f"{_short(names[j])}  {values[-1, j]:.2f}" if named else None
         axes.step([*steps, last_step], values[:, j], where="post", color=colour, label=label, lw=1.8 if named else 0.8)
     axes.axhline(1 / len(names), color="#999999", lw=0.8, ls=":")
     axes.set_xlim(0, max(last_step, 1))
@@ -132,6 +132,12 @@ def distribution_over_steps(steps: Sequence[int], quantiles: Mapping[float, Sequ
     return figure
 
 
+def can_be_drawn(image: np.ndarray) -> bool:
+    """Say whether ``montage`` can draw an image: grey, or of three colours, and not empty."""
+    is_coloured = image.ndim == 3 and (image.shape[0] in (1, 3) or image.shape[2] in (1, 3))
+    return image.size > 0 and (image.ndim == 2 or is_coloured)
+
+
 def montage(images: Sequence[np.ndarray]) -> Any:
     """Draw images side by side, each scaled to its own range.
 
@@ -153,7 +159,9 @@ def montage(images: Sequence[np.ndarray]) -> Any:
             values = values.transpose(1, 2, 0)
         span = values.max() - values.min()
         values = (values - values.min()) / (span if span > 0 else 1)
-        axes.imshow(values.squeeze(), cmap="gray", vmin=0, vmax=1)
+        axes.imshow(
+            values[..., 0] if values.ndim == 3 and values.shape[2] == 1 else values, cmap="gray", vmin=0, vmax=1
+        )
     return figure
 
 

@@ -18,13 +18,15 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import torch
-from datasets.table import embed_table_storage
+from datasets.features.features import require_storage_embed
+from datasets.naming import camelcase_to_snakecase
+from datasets.table import ConcatenationTable, MemoryMappedTable, embed_table_storage
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
 
-from hf_bilevel.cards import ROWS_PATH, SELECTION_PATH, dataset_card
+from hf_bilevel.cards import ROWS_PATH, SELECTION_PATH, dataset_card, keep_what_was_added
 from hf_bilevel.identity import is_dataset_of
 from hf_bilevel.plots import domain_shares, kept_against_dropped
 
@@ -151,12 +153,20 @@ class SelectedSubset:
         Raises:
             ValueError: If it is another dataset, by its length, or by its fingerprint and its rows as far as
                 ``rows_checksum`` compares them. The fingerprint alone depends on the file's path as it was given and on its time.
-            TypeError: If it is a stream.
+            TypeError: If it is a stream, or no ``datasets.Dataset``.
         """
         if isinstance(pool, datasets.IterableDataset):
             raise TypeError("Rows cannot be taken out of a stream by their ids: load the dataset without `streaming`.")
+        if not isinstance(pool, datasets.Dataset):
+            raise TypeError(
+                f"`pool` must be a `datasets.Dataset`, got {type(pool).__name__}. Of a dict of them pass the one that was selected from; of "
+                "any other dataset take the rows by their numbers, `torch.utils.data.Subset(pool, subset.ids.tolist())`."
+            )
         if len(pool) != self.num_pool:
-            raise ValueError(f"The subset was selected from {self.num_pool} rows and this dataset has {len(pool)}.")
+            raise ValueError(
+                f"The subset was selected from {self.num_pool} rows and this dataset has {len(pool)}. Where the trainer has left rows out "
+                "or joined them while it prepared the dataset, as TRL's may, the ids are places in `trainer.train_dataset`."
+            )
         if self.fingerprint is not None and not is_dataset_of(pool, self.fingerprint, self.rows_checksum):
             compared = "its rows may differ" if self.rows_checksum is None else "its rows or columns differ"
             raise ValueError(
@@ -287,7 +297,8 @@ class SelectedSubset:
         ``load_selected_subset(repo_id)`` gives this object back.
 
         All of it is written to a local folder first and uploaded in one commit, so the repository is as it was before or
-        complete. Files of an earlier subset that this one lacks are removed by the same commit.
+        complete. Files of an earlier subset that this one lacks are removed by the same commit. What the owner has added to the
+        card stays: a licence or a gate in its header, and notes at its end.
 
         Args:
             repo_id: ``namespace/name`` of a dataset repository; made if it is not there.
@@ -304,9 +315,10 @@ class SelectedSubset:
             The commit, with ``commit_url`` and ``oid``, which pins this version as a ``revision``.
 
         Raises:
-            ValueError: If ``data`` and ``pool`` do not fit, or ``repo_id`` is not the name of a repository.
+            ValueError: If ``data`` and ``pool`` do not fit, ``repo_id`` is not the name of a repository, or nothing is selected.
             LocalTokenNotFoundError: If there is no token.
-            RuntimeError: If the upload fails. The message says where everything lies and how to try again.
+            RuntimeError: If the files cannot be written, or the upload fails. The message then says where everything lies and how
+                to try again.
         """
         if data not in ("ids", "rows"):
             raise ValueError(f"`data` must be one of ids, rows; got {data!r}.")
@@ -325,10 +337,26 @@ class SelectedSubset:
             raise ValueError(
                 f"`repo_id` must be `namespace/name`, your user name or an organisation first; got {repo_id!r}."
             )
+        if len(self) == 0:
+            raise ValueError(
+                "Nothing is selected, and a dataset without rows cannot be loaded from the Hub. Select some."
+            )
         rows = self.to_dataset(pool) if data == "rows" else None
         card, figures = self._describe(repo_id, with_rows=rows is not None)
-        written = Path(tempfile.mkdtemp(prefix="selected-subset-") if folder is None else folder).resolve()
-        paths = self._write_repository(written, card, figures, rows)
+        written = (
+            Path(tempfile.mkdtemp(prefix="selected-subset-") if folder is None else folder).expanduser().resolve()
+        )
+        try:
+            paths = self._write_repository(written, card, figures, rows)
+        except BaseException as error:
+            if folder is None:
+                shutil.rmtree(written, ignore_errors=True)
+            if not isinstance(error, Exception):
+                raise
+            raise RuntimeError(
+                f"The subset could not be written to `{written}` ({type(error).__name__}: {error}), and nothing was uploaded. Make sure "
+                "that there is room, and that the files of the pool's rows are there; `folder=` writes to another place."
+            ) from error
         try:
             commit = _upload(written, paths, repo_id, private, revision, token, commit_message)
         except Exception as error:  # the client raises its own errors, those of its HTTP library, and built-in ones
@@ -432,14 +460,37 @@ def dataset_facts(dataset: Any) -> dict[str, str]:
         return {}
     info = dataset.info
     version = None if info.version is None or str(info.version) == "0.0.0" else str(info.version)
-    facts = {"name": info.dataset_name, "config": info.config_name, "version": version}
+    is_loader = info.dataset_name == info.builder_name  # of local files: "json", "csv"
+    facts = {"name": None if is_loader else info.dataset_name, "config": info.config_name, "version": version}
     # The cache names the repository and the commit of what was loaded from the Hub; nothing else in a dataset does.
     pattern = re.compile(r"(?:([^/\\]+)___)?([^/\\]+)[/\\][^/\\]+[/\\][^/\\]+[/\\]([0-9a-f]{40})[/\\][^/\\]+")
-    origins = {match.groups() for file in dataset.cache_files if (match := pattern.search(file["filename"]))}
-    if len(origins) == 1:
+    matches = [pattern.search(file["filename"]) for file in dataset.cache_files]
+    origins = {match and match.groups() for match in matches}
+    if len(origins) == 1 and None not in origins and _is_all_of_files(dataset.data):
         namespace, name, facts["revision"] = origins.pop()
-        facts["source"] = name if namespace is None else f"{namespace}/{name}"
+        facts["source"] = _name_on_hub(namespace, name, facts["revision"])
     return {key: value for key, value in facts.items() if value is not None}
+
+
+def _is_all_of_files(table: Any) -> bool:
+    """Say whether all rows are those of files, none made in memory and joined to them."""
+    if isinstance(table, ConcatenationTable):
+        return all(any(isinstance(block, MemoryMappedTable) for block in blocks) for blocks in table.blocks)
+    return isinstance(table, MemoryMappedTable)
+
+
+def _name_on_hub(namespace: str | None, name: str, revision: str) -> str | None:
+    """Find how a repository is written whose name the cache of ``datasets`` has in snake case; None if it cannot be known."""
+    prefix = "datasets--" if namespace is None else f"datasets--{namespace}--"
+    for folder in sorted(Path(huggingface_hub.constants.HF_HUB_CACHE).glob(f"{prefix}*/snapshots/{revision}")):
+        given = folder.parents[1].name.removeprefix(prefix)
+        if camelcase_to_snakecase(given) == name:
+            name = given
+            break
+    else:
+        if "_" in name:
+            return None
+    return name if namespace is None else f"{namespace}/{name}"
 
 
 def ranking_facts(ranked_by: str, values: Tensor, kept: Tensor) -> dict[str, Any]:
@@ -460,7 +511,12 @@ def ranking_facts(ranked_by: str, values: Tensor, kept: Tensor) -> dict[str, Any
     """
     values, kept = values.detach().double().cpu().numpy(), kept.cpu().numpy()
     finite = np.isfinite(values)
-    edges = np.histogram_bin_edges(values[finite], bins=40)
+    try:
+        edges = np.histogram_bin_edges(values[finite], bins=40)
+    except ValueError:  # values that differ by rounding only
+        middle = values[finite].mean()
+        margin = max(1e-6, 1e-6 * abs(middle))
+        edges = np.histogram_bin_edges(values[finite], bins=40, range=(middle - margin, middle + margin))
     counts = {
         name: np.histogram(values[finite & mask], edges)[0].tolist()
         for name, mask in (("kept", kept), ("dropped", ~kept))
@@ -473,8 +529,11 @@ def _replacing(path: Path) -> Iterator[Path]:
     """Write beside a file, and put the whole in its place."""
     partial = path.with_name(path.name + ".partial")
     partial.unlink(missing_ok=True)  # what a crash left, or a link to somewhere else
-    yield partial
-    os.replace(partial, path)
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _checksum(path: Path) -> str:
@@ -485,8 +544,21 @@ def _write_rows(rows: datasets.Dataset, path: Path) -> None:
     """Write rows as Parquet, with the content of images and the like that they only name."""
     path.parent.mkdir(exist_ok=True)
     with _replacing(path) as partial, pyarrow.parquet.ParquetWriter(partial, rows.features.arrow_schema) as writer:
-        for table in rows.with_format("arrow").iter(batch_size=1000):
-            writer.write_table(embed_table_storage(table))
+        size = 50 if any(map(require_storage_embed, rows.features.values())) else 1000
+        for table in rows.with_format("arrow").iter(batch_size=size):
+            for part in _embedded(table):
+                writer.write_table(part)
+
+
+def _embedded(table: pyarrow.Table) -> list[pyarrow.Table]:
+    """Take the content of files into a table, or into parts of it where that is more than an array can hold (2 GiB)."""
+    try:
+        return [embed_table_storage(table)]
+    except (TypeError, pyarrow.ArrowInvalid):
+        if len(table) == 1:
+            raise
+        half = len(table) // 2
+        return _embedded(table.slice(0, half)) + _embedded(table.slice(half))
 
 
 def _upload(
@@ -515,6 +587,11 @@ def _upload(
         raise ValueError(
             f"`{repo_id}` holds something else, {others[0]!r} for instance, whose card would be replaced. Choose another name"
         )
+    if CARD_NAME in there:
+        earlier = api.hf_hub_download(repo_id, CARD_NAME, repo_type=kind, revision=revision)
+        card = (folder / CARD_NAME).read_text(encoding="utf-8")
+        kept = keep_what_was_added(card, Path(earlier).read_text(encoding="utf-8"), is_ours=FACTS_NAME in there)
+        (folder / CARD_NAME).write_text(kept, encoding="utf-8")
     stale = there & {ROWS_PATH, *PICTURES.values()} - set(paths)
     operations = [CommitOperationAdd(path, folder / path) for path in paths]
     operations += [CommitOperationDelete(path) for path in sorted(stale)]

@@ -248,7 +248,8 @@ def write_card(name: str, seeds: int, smoke: bool, output: Path) -> dict:
     ordered = {arm: {METRICS[m]: values[m] for m in METRICS if m in values} for arm, values in results.items()}
     command = f"python scripts/model_cards.py --runs {name} --seeds {seeds}" + " --smoke" * smoke
     vars(trainer.model.config).pop("_name_or_path", None)  # empty, which would read as the name of a pretrained model
-    trainer.create_model_card(dataset=DATASETS[name.split("_")[0]], results=ordered, command=command)
+    images = {"images": True} if name == "digits_coreset" else {}  # digits that anybody may see
+    trainer.create_model_card(dataset=DATASETS[name.split("_")[0]], results=ordered, command=command, **images)
     if name == "digits_bros":  # here it is known which labels are wrong
         wrong = wrong_labels(trainer.train_dataset)
         trainer.plot_sample_weights(wrong).savefig(folder / "bros_weights.png", dpi=120)

@@ -73,12 +73,12 @@ class Hub(ThreadingHTTPServer):
 
 
 def validate_card(content: str) -> list[str]:
-    """The rules of the Hub's ``/api/validate-yaml`` for the keys that this package writes."""
+    """The rules of the Hub's ``/api/validate-yaml`` for the keys that this package writes, or its user."""
     match = re.match(r"^---\n(.*?)\n---\n", content, re.DOTALL)
     if match is None:
         return ["there is no YAML header"]
     header = yaml.safe_load(match[1])
-    known = {"configs", "pretty_name", "size_categories", "tags"}
+    known = {"configs", "pretty_name", "size_categories", "tags", "license", "extra_gated_prompt"}
     errors = [f"unknown key {key}" for key in set(header) - known]
     errors += [f"size {size!r}" for size in header["size_categories"] if size not in SIZES]
     errors += [f"tag {tag!r}" for tag in header["tags"] if not isinstance(tag, str)]

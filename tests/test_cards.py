@@ -12,7 +12,7 @@ from huggingface_hub import DatasetCard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_bilevel.cards import dataset_card, escape_markdown
+from hf_bilevel.cards import NOTES_BEGIN, dataset_card, escape_markdown
 
 FACTS: dict[str, Any] = {
     "method": "bros",
@@ -81,7 +81,7 @@ def test_the_card_says_what_the_facts_say() -> None:
     assert card.count("](ranking.png)") == card.count("](domains.png)") == 1
     assert 'rows = datasets.load_dataset("me/digits", split="train")' in card
     assert 'load_dataset("me/digits", "selection", split="train")  # id, weight\n' in card
-    assert "No controls are recorded" not in card and card.endswith("in its order.\n")
+    assert "No controls are recorded" not in card and card.endswith(f"in its order.\n\n{NOTES_BEGIN}\n")
 
 
 def test_what_is_not_known_is_left_out() -> None:

@@ -43,6 +43,7 @@ from hf_bilevel.data import (
     Origin,
     derive_seed,
     fetch,
+    name_domains,
     pick_rows,
     pop_origin,
     private_randomness,
@@ -569,6 +570,21 @@ def test_domains_as_integers() -> None:
         assert ids.tolist() == [2, 0, 2] and names == ["a", "b", "c", "d"]
     others = [{"source": value} for value in (np.int64(1), torch.tensor(0), True)]
     assert read_domains(others, "source")[0].tolist() == [1, 0, 1]
+
+
+def test_domains_as_classes() -> None:
+    """Their names, of those that occur; or names that are given for their numbers."""
+    rows = datasets.Dataset.from_dict({"source": ["web", "books", "web"]})
+    rows = rows.cast_column("source", datasets.ClassLabel(names=["none", "web", "books"]))
+    assert rows[0]["source"] == 1
+    ids, names = read_domains(rows, "source")
+    assert (ids.tolist(), names) == ([1, 0, 1], ["books", "web"])
+    ids, names = read_domains(rows, "source", ["web", "books", "code"])
+    assert (ids.tolist(), names) == ([0, 1, 0], ["web", "books", "code"])
+    ids, names = read_domains(rows, "source", ["a", "b", "c"])
+    assert (ids.tolist(), names) == ([1, 2, 1], ["a", "b", "c"])
+    assert name_domains(rows, "source") == ["web", "books", "web"]
+    assert name_domains(rows, "source", ["a", "b", "c"]) == ["b", "c", "b"]
 
 
 def test_domains_past_a_transform() -> None:

@@ -4,10 +4,12 @@ import builtins
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from hf_bilevel.plots import (
+    can_be_drawn,
     distribution_over_steps,
     domain_shares,
     domain_weights_over_time,
@@ -122,6 +124,27 @@ def test_distribution_has_bands_and_a_median(tmp_path: Path) -> None:
     assert (outer[:, 1].min(), outer[:, 1].max()) == (0, 9) and (inner[:, 1].min(), inner[:, 1].max()) == (1, 6)
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["5% to 95%", "25% to 75%", "median"]
     figure.savefig(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(
+    ("shape", "drawn"),
+    [
+        *(
+            ((1, 1, 3), True),
+            ((3, 1, 1), True),
+            ((1, 8, 8), True),
+            ((8, 8, 1), True),
+            ((1, 1), True),
+            ((8, 1, 3), True),
+        ),
+        *(((5, 8, 8), False), ((8, 8, 2), False), ((0, 8), False), ((8,), False), ((2, 3, 8, 8), False)),
+    ],
+)
+def test_what_montage_can_draw(shape: tuple[int, ...], drawn: bool, tmp_path: Path) -> None:
+    image = np.zeros(shape)
+    assert can_be_drawn(image) == drawn
+    if drawn:
+        montage([image]).savefig(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 8), (8, 8, 3), (8, 8)])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -18,10 +19,13 @@ import pytest
 import torch
 from datasets import Dataset, load_dataset
 from hub_server import TOKEN, Hub, Repository, running_hub
+from huggingface_hub import DatasetCard
 from huggingface_hub.errors import LocalTokenNotFoundError, RepositoryNotFoundError
 from PIL import Image
 
 from hf_bilevel import SelectedSubset, load_selected_subset
+from hf_bilevel import subset as subset_module
+from hf_bilevel.cards import NOTES_BEGIN
 from hf_bilevel.identity import rows_checksum
 from hf_bilevel.subset import dataset_facts, ranking_facts
 
@@ -292,6 +296,8 @@ def test_ranking_facts_count_every_finite_row() -> None:
     assert [i for i, num in enumerate(facts["dropped"]) if num] == [0, 39] and sum(facts["dropped"]) == 2
     json.dumps(facts, allow_nan=False)
     assert sum(ranking_facts("score", torch.ones(3), torch.ones(3, dtype=torch.bool))["kept"]) == 3
+    close = torch.tensor([0.1 + 0.2, 0.3], dtype=torch.float64)  # differ by rounding
+    assert sum(ranking_facts("score", close, torch.ones(2, dtype=torch.bool))["kept"]) == 2
     assert sum(ranking_facts("score", torch.ones(0), torch.ones(0, dtype=torch.bool))["kept"]) == 0
 
 
@@ -300,6 +306,27 @@ def test_a_dataset_says_what_it_knows() -> None:
     assert dataset_facts(dataset) == dataset_facts([{"text": "a"}]) == {}
     dataset.info.dataset_name, dataset.info.version = "digits", datasets.Version("1.2.0")
     assert dataset_facts(dataset) == {"name": "digits", "version": "1.2.0"}
+    dataset.info.builder_name = dataset.info.dataset_name = "json"  # the loader of a local file
+    assert dataset_facts(dataset) == {"version": "1.2.0"}
+
+
+def test_rows_of_several_origins_have_none(hub: Hub) -> None:
+    whole().push_to_hub("me/digits", pool=pool())
+    loaded = datasets.load_dataset("me/digits", split="train")
+    assert dataset_facts(loaded.map(lambda row: {"length": len(row["text"])}))["source"] == "me/digits"
+    assert dataset_facts(loaded.add_column("score", [1, 2, 3]))["source"] == "me/digits"
+    mixed = datasets.concatenate_datasets([loaded, Dataset.from_list([{"text": "mine", "label": 9}])])
+    assert "source" not in dataset_facts(mixed) and "revision" not in dataset_facts(mixed)
+
+
+@pytest.mark.parametrize("name", ["me/TwoWords", "me/two_words", "me/digits"])
+def test_the_source_is_the_repository_as_it_is_written(hub: Hub, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache of datasets has snake-case names; that of the Hub's client has the real one."""
+    whole().push_to_hub(name, pool=pool())
+    loaded = datasets.load_dataset(name, split="train")
+    assert dataset_facts(loaded)["source"] == name
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", "nowhere")
+    assert dataset_facts(loaded).get("source") == (name if name == "me/digits" else None)
 
 
 # The Hub ---------------------------------------------------------------------------------------------------------------
@@ -382,12 +409,89 @@ def test_images_travel_with_their_content(hub: Hub, tmp_path: Path) -> None:
     assert str(tmp_path).encode() not in hub.files("me/images")["data/train-00000-of-00001.parquet"]
 
 
+def test_rows_are_taken_in_parts_that_fit(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An array holds 2 GiB, which a thousand photographs are more than."""
+    embed, sizes = subset_module.embed_table_storage, []
+
+    def embed_few(table: pyarrow.Table) -> pyarrow.Table:
+        sizes.append(len(table))
+        if len(table) > 4:
+            raise TypeError("Expected Array, got <class 'pyarrow.lib.ChunkedArray'>")
+        return embed(table)
+
+    monkeypatch.setattr(subset_module, "embed_table_storage", embed_few)
+    Image.new("L", (4, 4)).save(tmp_path / "image.png")
+    for feature, largest in ((datasets.Image(), 50), (datasets.Value("string"), 70)):
+        rows = Dataset.from_dict({"image": [str(tmp_path / "image.png")] * 70, "i": list(range(70))})
+        SelectedSubset(torch.arange(70), 70).push_to_hub("me/images", pool=rows.cast_column("image", feature))
+        assert max(sizes) == largest
+        assert datasets.load_dataset("me/images", split="train")["i"][:] == list(range(70))
+        sizes.clear()
+
+
+def test_what_cannot_be_written_leaves_nothing_behind(hub: Hub, tmp_path: Path) -> None:
+    Image.new("L", (4, 4)).save(tmp_path / "image.png")
+    images = Dataset.from_dict({"image": [str(tmp_path / "image.png")] * 3}).cast_column("image", datasets.Image())
+    os.unlink(tmp_path / "image.png")
+    message = r"could not be written to `.*` \(FileNotFoundError: .*image.png.*, and nothing was uploaded"
+    with pytest.raises(RuntimeError, match=message):
+        SelectedSubset(IDS[1:2], 3).push_to_hub("me/images", pool=images)
+    assert left(tmp_path) == []
+    with pytest.raises(RuntimeError, match=message):
+        SelectedSubset(IDS[1:2], 3).push_to_hub("me/images", pool=images, folder=tmp_path / "kept")
+    assert not list((tmp_path / "kept").rglob("*.partial"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RuntimeError, match=r"\(FileExistsError: .*file"):
+        SelectedSubset(IDS[1:2], 3).push_to_hub("me/images", data="ids", folder=tmp_path / "file")
+    assert "me/images" not in hub.repositories
+
+
+def test_a_folder_in_the_home_directory(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    SelectedSubset(IDS, 5).push_to_hub("me/digits", data="ids", folder="~/kept")
+    assert same(load_selected_subset(tmp_path / "kept"), SelectedSubset(IDS, 5))
+
+
+def test_what_was_added_to_the_card_stays(hub: Hub) -> None:
+    def card() -> str:
+        return hub.files("me/digits")["README.md"].decode()
+
+    whole().push_to_hub("me/digits", pool=pool())
+    first = card()
+    assert first.endswith(f"{NOTES_BEGIN}\n")
+    whole().push_to_hub("me/digits", pool=pool())
+    assert card() == first
+    notes = "\n## Who may use it\n\nAll who ask.\n"
+    edited = first.replace("---\n", "---\nlicense: cc-by-4.0\nextra_gated_prompt: Who are you?\n", 1) + notes
+    edited = edited.replace("- data-selection\n", "- data-selection\n- mine\n")
+    hub.repositories["me/digits"].commit("main", {**hub.files("me/digits"), "README.md": edited.encode()})
+    SelectedSubset(IDS, 5).push_to_hub("me/digits", data="ids")
+    header = DatasetCard(card()).data
+    assert header.license == "cc-by-4.0" and header.extra_gated_prompt == "Who are you?"
+    assert header.tags == ["hf_bilevel", "data-selection", "mine"]
+    assert [config["config_name"] for config in header.configs] == ["selection"]
+    assert card().endswith(NOTES_BEGIN + "\n" + notes) and "## Domains" not in card()
+
+
+@pytest.mark.parametrize("given", ["# Mine\n\nIt is mine.\n", "---\nlicense: mit\n---\n# Mine\n\nIt is mine.\n"])
+def test_a_card_that_was_there_before_becomes_notes(given: str, hub: Hub) -> None:
+    hub.repositories["me/digits"] = Repository(private=True)
+    hub.repositories["me/digits"].commit("main", {"README.md": given.encode()})
+    for _ in range(2):
+        SelectedSubset(IDS, 5).push_to_hub("me/digits", data="ids")
+        card = hub.files("me/digits")["README.md"].decode()
+        assert card.endswith(f"{NOTES_BEGIN}\n\n# Mine\n\nIt is mine.\n") and card.count("# Mine") == 1
+        assert DatasetCard(card).data.license == ("mit" if "mit" in given else None)
+
+
 def test_the_pool_is_checked_before_anything_is_written(hub: Hub, tmp_path: Path) -> None:
     subset = whole()
     with pytest.raises(ValueError, match="`data='rows'` uploads .* needs `pool`.*got NoneType. .* `data='ids'`"):
         subset.push_to_hub("me/digits")
     with pytest.raises(ValueError, match="got list"):
         subset.push_to_hub("me/digits", pool=[{"text": "a"}] * 5)
+    with pytest.raises(ValueError, match="Nothing is selected"):
+        SelectedSubset(IDS[:0], 5).push_to_hub("me/digits", data="ids")
     with pytest.raises(ValueError, match="`data` must be one of ids, rows; got 'all'"):
         subset.push_to_hub("me/digits", data="all")
     with pytest.raises(ValueError, match="its rows may differ"):

@@ -80,7 +80,7 @@ def _texts(batch: dict[str, list], column: str) -> list[str]:
 def encode_batch(
     batch: dict[str, list],
     encode: Callable[[dict[str, list]], dict[str, list]],
-    kept: list[str],
+    kept: dict[str, str],
     packed_length: int | None = None,
 ) -> dict[str, list]:
     """Encode rows, keep some columns, and mark rows with something to learn.
@@ -88,7 +88,7 @@ def encode_batch(
     Args:
         batch: Columns.
         encode: From columns to what the model takes.
-        kept: Columns to keep.
+        kept: Columns to keep, and what they are called then.
         packed_length: Join the rows, of each value of the kept columns for itself, and cut them into rows of so many tokens; what
             is left becomes a shorter row. None to leave them.
 
@@ -97,10 +97,11 @@ def encode_batch(
 
     Example:
         >>> batch = {"ids": [[1, 2], [3], [4, 5, 6]], "source": ["web", "web", "code"]}
-        >>> encode_batch(batch, lambda b: {"input_ids": b["ids"], "labels": b["ids"]}, ["source"], packed_length=2)["input_ids"]
+        >>> kept = {"source": "source"}
+        >>> encode_batch(batch, lambda b: {"input_ids": b["ids"], "labels": b["ids"]}, kept, packed_length=2)["input_ids"]
         [[1, 2], [3], [4, 5], [6]]
     """
-    encoded, columns = encode(batch), {column: batch[column] for column in kept}
+    encoded, columns = encode(batch), {name: batch[column] for column, name in kept.items()}
     if packed_length is not None:
         groups: dict[tuple, list[int]] = {}
         for i, ids in enumerate(encoded["input_ids"]):

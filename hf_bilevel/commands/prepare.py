@@ -39,6 +39,8 @@ RESERVED = (  # columns of encoded rows
     HAS_LABELS,
 )
 
+TAKEN_FOR_LABELS = ("label", "label_ids")  # by collators, in place of ``labels``
+
 NUMBERED_FROM_PADDING = (  # models whose first position is the one behind the padding's id
     "camembert",
     "data2vec-text",
@@ -66,6 +68,7 @@ class PreparedData:
         rows: Row of the pool of every row of ``train``; None if there is none, for streams and packed texts.
         collator: Makes batches.
         label_names: Of a classification, in the order of their ids; None otherwise.
+        domain_column: Name of the domains' column in the parts; None without domains.
         num_dropped: By part, rows that were left out since they have nothing to learn.
     """
 
@@ -73,6 +76,7 @@ class PreparedData:
     rows: np.ndarray | None
     collator: Callable[[list[Any]], dict[str, Any]]
     label_names: list[str] | None = None
+    domain_column: str | None = None
     num_dropped: dict[str, int] = field(default_factory=dict)
 
 
@@ -116,7 +120,7 @@ def prepare(
         ids = {name: label_ids(part, f"{name}_dataset", data.label_column, names) for name, part in parts.items()}
     if task == "image_classification":
         parts = {name: _with_pixels(part, name, data, processor, config, ids[name]) for name, part in parts.items()}
-        return PreparedData(parts, rows, collate_images, names)
+        return PreparedData(parts, rows, collate_images, names, domain_column)
     _check_tokenizer(processor, task)
     max_length = min(data.max_length, _num_positions(processor, config) or data.max_length)
     options = {"tokenizer": processor, "column": next(iter(wanted.values())), "max_length": max_length}
@@ -129,13 +133,20 @@ def prepare(
     else:
         options |= {"max_length": None if data.pack else max_length, "add_end": task == "causal_lm"}
         encoders = dict.fromkeys(parts, partial(encode_texts, **options))
-    prepared = PreparedData({}, rows, _collator(task, processor))
+    kept_as = f"domain_{domain_column}" if domain_column in TAKEN_FOR_LABELS else domain_column
+    prepared = PreparedData({}, rows, _collator(task, processor), domain_column=kept_as)
     for name, part in parts.items():
-        kept = [column for column in columns[name] if column == domain_column]
+        kept = {domain_column: kept_as} if domain_column in columns[name] else {}
         encode = partial(
             encode_batch, encode=encoders[name], kept=kept, packed_length=max_length if data.pack else None
         )
         encoded = part.map(encode, batched=True, remove_columns=columns[name])
+        if (
+            kept
+            and kept_as != domain_column
+            and isinstance(feature := (part.features or {}).get(domain_column), datasets.ClassLabel)
+        ):
+            encoded = encoded.cast_column(kept_as, feature)  # with the names of the domains
         if task == "masked_lm":
             encoded = encoded.remove_columns("labels")  # the collator masks, and makes labels of what it masks
         _add_rows_with_labels(prepared, name, encoded, data)

@@ -37,9 +37,10 @@ from hf_bilevel.trainers.blade import BladeConfig, BladeMixin, BladeTrainer
 from hf_bilevel.trainers.bros import BrosConfig, BrosMixin, BrosTrainer
 from hf_bilevel.trainers.config import BilevelConfig
 from hf_bilevel.trainers.coreset import CoresetConfig, CoresetMixin, CoresetTrainer
-from hf_bilevel.trainers.mixture import MixtureConfig, MixtureTrainer
+from hf_bilevel.trainers.mixture import MIXTURE_NAME, MixtureConfig, MixtureTrainer
 
 SUBSET_FOLDER = "selected_subset"
+EARLIER_FOLDER = "_of_an_earlier_run"
 PACKAGE = Path(__file__).parents[1]
 
 logger = logging.getLogger(__name__)
@@ -101,6 +102,7 @@ def run(name: str, argv: list[str] | None = None) -> Trainer | None:
             pool, parts, rows = load_datasets(data, args.seed if args.data_seed is None else args.data_seed)
             domains = config.domain_column
             prepared = prepare(parts, rows, model.task, data, processor, model_config, domains)
+        config = dataclasses.replace(config, domain_column=prepared.domain_column)
         if args.process_index == 0:
             _explain(data, prepared)
         if job.dry_run:
@@ -110,7 +112,7 @@ def run(name: str, argv: list[str] | None = None) -> Trainer | None:
             return None
         trainer = _make_trainer(command, job, model, args, config, prepared, processor, model_config)
     with _refusals_without_traceback(prog, of_others=False):
-        _train(trainer, args)
+        _train(trainer, args, getattr(job, "mixture_file", None))
     subset = None
     if prepared.rows is not None:
         subset = _save_subset(trainer, job, pool, prepared.rows, prog)
@@ -119,11 +121,11 @@ def run(name: str, argv: list[str] | None = None) -> Trainer | None:
             "No subset is saved: with `%s` no rows are told apart.", "streaming" if data.streaming else "pack"
         )
     if subset is None and trainer.is_world_process_zero():
-        _put_aside(Path(args.output_dir) / SUBSET_FOLDER)
+        _put_aside([Path(args.output_dir) / SUBSET_FOLDER])
     if args.push_to_hub:
         trainer.push_to_hub()
     if subset is not None and job.push_subset:
-        subset.push_to_hub(job.push_subset, pool=pool)
+        subset.push_to_hub(job.push_subset, pool=pool, token=args.hub_token)
     return trainer
 
 
@@ -166,7 +168,7 @@ def _check_settings(
             raise ValueError(
                 f"`push_subset: {job.push_subset}` must be `namespace/name`, your user name or an organisation first."
             )
-        if args.process_index == 0 and get_token() is None and not job.dry_run:
+        if args.process_index == 0 and (args.hub_token or get_token()) is None and not job.dry_run:
             raise ValueError(
                 "There is no token for `push_subset`. Run `hf auth login`, or set the environment variable HF_TOKEN."
             )
@@ -243,10 +245,13 @@ def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float((np.argmax(logits, axis=-1) == prediction.label_ids).mean())}
 
 
-def _train(trainer: Trainer, args: TrainingArguments) -> None:
+def _train(trainer: Trainer, args: TrainingArguments, mixture_file: str | None) -> None:
     resume = args.resume_from_checkpoint
     resume = str(resume).lower() == "true" or resume  # "true" is how a command line says True
+    before = {} if resume else _results_of_a_run(Path(args.output_dir), mixture_file)
     result = trainer.train(resume_from_checkpoint=resume if resume else None)
+    if trainer.is_world_process_zero():
+        _put_aside([path for path, time in before.items() if path.exists() and path.stat().st_mtime_ns == time])
     trainer.save_model()
     trainer.save_metrics("train", result.metrics)
     if trainer.eval_dataset is not None:
@@ -278,13 +283,27 @@ def _save_subset(
     return subset
 
 
-def _put_aside(subset: Path) -> None:
-    """Rename what an earlier run selected: beside this run's model it would be taken for what that was trained on."""
-    if subset.is_dir():
-        aside = subset.with_name(f"{subset.name}_of_an_earlier_run")
-        shutil.rmtree(aside, ignore_errors=True)
-        subset.rename(aside)
-        logger.warning("`%s` is of an earlier run; it is `%s` now.", subset, aside)
+def _results_of_a_run(folder: Path, mixture_file: str | None) -> dict[Path, int]:
+    """List what a run leaves beside its model and checkpoints, and when it did: metrics, a mixture, the pictures of a card."""
+    patterns = [MIXTURE_NAME, "*_results.json", *(f"{method}_*.png" for method in COMMANDS)]
+    found = {path.resolve(): path.stat().st_mtime_ns for pattern in patterns for path in sorted(folder.glob(pattern))}
+    if mixture_file is not None:  # which this run is trained with
+        found.pop(Path(mixture_file).expanduser().resolve(), None)
+    return found
+
+
+def _put_aside(paths: list[Path]) -> None:
+    """Move what an earlier run left: beside this run's model it would be taken for what that was trained on, or came to.
+
+    Into a folder with a name that the Trainer does not upload.
+    """
+    for path in paths:
+        if path.exists():
+            aside = path.with_name(EARLIER_FOLDER) / path.name
+            aside.parent.mkdir(exist_ok=True)
+            shutil.rmtree(aside) if aside.is_dir() else aside.unlink(missing_ok=True)
+            path.rename(aside)
+            logger.warning("`%s` is of an earlier run; it is `%s` now.", path, aside)
 
 
 def _num_seen(trainer: Trainer) -> int:

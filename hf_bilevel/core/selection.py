@@ -15,7 +15,7 @@ def num_selected(selection_ratio: float, num_units: int | Tensor) -> int | Tenso
 
     Args:
         selection_ratio: The ratio :math:`\gamma`, in (0, 1]; read as the nearest fraction with a denominator of at
-            most one million, and as one millionth below that.
+            most one million (of more than a million units, at most their number), and as one millionth below that.
         num_units: Number of candidates, an int or an integer tensor of any shape; ``>= 0``.
 
     Returns:
@@ -32,7 +32,8 @@ def num_selected(selection_ratio: float, num_units: int | Tensor) -> int | Tenso
     """
     if not 0 < selection_ratio <= 1:
         raise ValueError(f"`selection_ratio` must be in (0, 1], got {selection_ratio}.")
-    ratio = Fraction(selection_ratio).limit_denominator(1_000_000) or Fraction(1, 1_000_000)
+    finest = 1_000_000 if isinstance(num_units, Tensor) else max(1_000_000, num_units)
+    ratio = Fraction(selection_ratio).limit_denominator(finest) or Fraction(1, finest)
     if isinstance(num_units, Tensor):
         num_units = num_units.to(torch.int64)
     return (num_units * ratio.numerator + ratio.denominator - 1) // ratio.denominator

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -705,6 +706,9 @@ class BilevelMixin(CheckpointMixin):
                 draw().savefig(folder / file, dpi=120)
             except ImportError:  # without matplotlib the card does with its tables
                 continue
+            except Exception as error:  # a picture is not worth a run's checkpoint or upload
+                logger.warning("The model card does without `%s`, which cannot be drawn: %s", file, error)
+                continue
             pictures[file] = description
         given, defaults = self.bilevel_config.to_dict(), self.config_class().to_dict()
         section = model_section(
@@ -818,7 +822,12 @@ class BilevelMixin(CheckpointMixin):
     def _model_name(self) -> str:
         """Name the model as a reader elsewhere can: a local folder by its own name only, one without a name by its class."""
         name = getattr(getattr(self.model, "config", None), "_name_or_path", "") or class_of(self.model).__name__
-        return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
+        if cached := re.search(r"models--(.+?)[/\\]snapshots[/\\]", name):  # what a download from the Hub returns
+            return cached[1].replace("--", "/")
+        is_local = (
+            Path(name).is_absolute() or Path(name).exists() or name.startswith((".", "~")) or name.count("/") > 1
+        )
+        return Path(name).name if is_local else name
 
     def _last_metrics(self) -> dict[str, float]:
         """Collect the last value of everything that evaluations measured, without timings."""

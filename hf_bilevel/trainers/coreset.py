@@ -47,7 +47,7 @@ from hf_bilevel.inner_training import (
     stacking_pays,
 )
 from hf_bilevel.losses import UnitLosses, find_head, unit_losses, unsupported_head
-from hf_bilevel.plots import domain_shares, kept_against_dropped, montage, upper_losses_over_search
+from hf_bilevel.plots import can_be_drawn, domain_shares, kept_against_dropped, montage, upper_losses_over_search
 from hf_bilevel.subset import SelectedSubset
 from hf_bilevel.tangent_kernel import KernelEngine
 from hf_bilevel.trainers.agreement import check_agreement
@@ -57,7 +57,7 @@ from hf_bilevel.trainers.config import BilevelConfig
 from hf_bilevel.trainers.reference_models import restore_forwards
 from hf_bilevel.trainers.sharding import is_partitioned, is_sharded
 
-SEARCH_FOLDER = "coreset_search"
+SEARCH_FOLDER = "_coreset_search"  # with a name that the Trainer does not upload
 MAX_IMAGES = 60  # in the card's picture
 STATE_NAME = "state.pt"
 INITIALISATION_NAME = "initialisation.pt"
@@ -233,6 +233,7 @@ class CoresetMixin(BilevelMixin):
         self._searched_losses: list[float] = []
         self._search_seconds: float | None = None
         self._whole_pool: Any = None  # while its coreset is trained on
+        self._shows_images = False  # in the model card
         super().__init__(*args, **kwargs)
 
     # Setup ----------------------------------------------------------------------------------------------------------
@@ -371,7 +372,7 @@ class CoresetMixin(BilevelMixin):
         """Search the coreset, without training on it. The model is as before afterwards.
 
         Args:
-            resume_from_checkpoint: True, or a folder that an interrupted search wrote (``output_dir/coreset_search``), to
+            resume_from_checkpoint: True, or a folder that an interrupted search wrote (``output_dir/_coreset_search``), to
                 continue it as if it had not been interrupted.
 
         Returns:
@@ -851,6 +852,18 @@ class CoresetMixin(BilevelMixin):
         searched = {} if self._search_seconds is None else {"Search": f"{self._search_seconds:,.1f} s"}
         return {**searched, **super()._cost()}
 
+    def create_model_card(self, *args: Any, images: bool = False, **kwargs: Any) -> None:
+        """Write the model card of all methods.
+
+        Args:
+            *args: As for all methods.
+            images: Show samples of the coreset, if they are images. They are then uploaded with the card, as
+                ``push_to_hub(images=True)`` does.
+            **kwargs: As for all methods.
+        """
+        self._shows_images = images
+        super().create_model_card(*args, **kwargs)
+
     def _method_section(self) -> MethodSection | None:
         if self._subset is None:
             return None
@@ -909,7 +922,9 @@ class CoresetMixin(BilevelMixin):
         )
 
     def _chosen_images(self) -> list[Any]:
-        """Collect images of the coreset, the most probable first; none if the pool's rows hold none."""
+        """Collect images of the coreset, the most probable first; none unless they were asked for, and the pool's rows hold some."""
+        if not self._shows_images:
+            return []
         pool = (
             self.train_dataset if self._whole_pool is None else self._whole_pool
         )  # TRL writes a card with every checkpoint
@@ -917,7 +932,7 @@ class CoresetMixin(BilevelMixin):
         for key in ("pixel_values", "image"):
             if all(isinstance(row, Mapping) and key in row for row in rows):
                 images = [np.asarray(row[key]) for row in rows]
-                return images if all(image.ndim in (2, 3) for image in images) else []
+                return images if all(map(can_be_drawn, images)) else []
         return []
 
 

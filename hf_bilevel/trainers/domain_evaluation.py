@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_bilevel.core.mixture import domain_means
-from hf_bilevel.data import SAMPLE_ID, DataCollatorWithOrigin, NumberedDataset, pop_origin, read_domains
+from hf_bilevel.data import SAMPLE_ID, DataCollatorWithOrigin, NumberedDataset, name_domains, pop_origin, read_domains
 from hf_bilevel.losses import (
     TOKEN_HEADS,
     UnitLosses,
@@ -98,7 +98,10 @@ class DomainEvaluationMixin(BilevelMixin):
         is_judged = find_head(self.model) is not None or self.compute_sample_losses is not None
         if not is_judged or not isinstance(given, datasets.Dataset) or column not in given.column_names:
             return super().get_eval_dataloader(eval_dataset)
-        domain_ids, names = read_domains(given, column)
+        names = self.bilevel_config.domain_names
+        if given.features[column] == datasets.Value("string"):
+            names = None  # of domains that the pool may lack
+        domain_ids, names = read_domains(given, column, names)
         prepared = self._remove_unused_columns(given, description="evaluation")
         numbered = NumberedDataset(prepared, domain_ids)
         own = self.data_collator, self.eval_dataset
@@ -177,7 +180,7 @@ class DomainEvaluationMixin(BilevelMixin):
         column, target = self.bilevel_config.domain_column, self.target_dataset
         counts = dict.fromkeys(names, 0)
         if column is not None and isinstance(target, datasets.Dataset) and column in target.column_names:
-            for name in map(str, target.with_format(None)[column]):
+            for name in name_domains(target, column, self.bilevel_config.domain_names):
                 if name in counts:
                     counts[name] += 1
         total = sum(counts.values())

@@ -33,6 +33,7 @@ from hf_bilevel.data import (
     Origin,
     derive_seed,
     fetch,
+    name_domains,
     plain_copy,
     private_randomness,
 )
@@ -464,7 +465,8 @@ class MixtureMixin(DomainEvaluationMixin, ReferenceMixin):
             or column not in target.column_names
         ):
             return
-        missing = sorted({str(name) for name in target.with_format(None)[column]} - set(map(str, self.domain_names)))
+        there = set(name_domains(target, column, self.bilevel_config.domain_names))
+        missing = sorted(there - set(map(str, self.domain_names)))
         if missing:
             warnings.warn(
                 f"`target_dataset` has samples of {missing}, which `train_dataset` lacks: the weights will favour the domains that "

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
@@ -119,7 +120,7 @@ def test_a_subset_of_an_earlier_run_is_put_aside(tiny, data, common, tmp_path: P
     folder = tmp_path / "output" / "selected_subset"
     earlier = (folder / "subset.json").read_text()
     run("blade", [*argv, "--selection_ratio", "1"])
-    aside = tmp_path / "output" / "selected_subset_of_an_earlier_run"
+    aside = tmp_path / "output" / "_of_an_earlier_run" / "selected_subset"
     assert not folder.exists() and (aside / "subset.json").read_text() == earlier
     assert "is of an earlier run; it is" in caplog.text
     caplog.clear()
@@ -188,7 +189,7 @@ def test_empty_texts_are_left_out_where_tokens_are_masked() -> None:
     around = TemplateProcessing(single=f"{ends[0][0]} $A {ends[1][0]}", special_tokens=ends)
     tokenizer.backend_tokenizer.post_processor = around
     encode = partial(encode_texts, tokenizer=tokenizer, column="text", max_length=9, add_end=False)
-    encoded = encode_batch({"text": ["abc", "", "d"]}, encode, kept=[])
+    encoded = encode_batch({"text": ["abc", "", "d"]}, encode, kept={})
     assert [len(ids) for ids in encoded["input_ids"]] == [5, 2, 3]
     assert encoded[HAS_LABELS] == [True, False, True]
 
@@ -230,5 +231,60 @@ def test_a_mixture_of_an_earlier_run_is_trained_with(tiny, data, common, tmp_pat
     assert json.loads(written.read_text())["mixture"] == learned and learned["web"] != 0.5
     again = run("mixture", [*argv, "--mixture_file", str(written), "--output_dir", str(tmp_path / "again")])
     assert again.domain_weights == pytest.approx(learned) and len(again._trajectory) == 1
+    run("mixture", [*argv, "--mixture_file", str(written)])  # into the folder of the file
+    assert written.exists()
     message = message_of(["mixture", *argv, "--mixture_file", str(tmp_path / "none.json")])
     assert "`mixture` must be a mapping from domain names to weights, or a file written by `save_mixture`" in message
+
+
+def test_results_of_an_earlier_run_do_not_lie_beside_the_model(tiny, data, common, tmp_path: Path) -> None:
+    """They would be read, and uploaded, as those of the model there."""
+    argv = ["--model", tiny["base"], *common, "--domain_column", "source"]
+    output, aside = tmp_path / "output", tmp_path / "output" / "_of_an_earlier_run"
+    run("mixture", [*argv, *places(data), "--inner_steps", "1", "--reference_steps", "1"])
+    earlier = {
+        name: (output / name).read_bytes() for name in ("mixture.json", "eval_results.json", "all_results.json")
+    }
+    run("mixture", [*argv, *places(data, parts="train target"), "--mixture", "uniform"])
+    assert {name: (aside / name).read_bytes() for name in earlier} == earlier
+    assert not (output / "mixture.json").exists() and not (output / "eval_results.json").exists()
+    results = json.loads((output / "all_results.json").read_text())
+    assert "train_loss" in results and "eval_loss" not in results
+
+
+def test_a_run_that_goes_on_keeps_its_results(tiny, data, common, tmp_path: Path) -> None:
+    argv = ["--model", tiny["base"], *places(data), *common, "--save_strategy", "steps", "--save_steps", "1"]
+    run("blade", argv)
+    run("blade", [*argv, "--max_steps", "3", "--resume_from_checkpoint", "true"])
+    assert not (tmp_path / "output" / "_of_an_earlier_run").exists()
+
+
+@pytest.mark.parametrize("classes", [None, ["neither", "bad", "good"]])
+@pytest.mark.parametrize("task", ["sequence_classification", "causal_lm"])
+def test_labels_can_be_the_domains(task: str, classes: list | None, tiny, data, common, tmp_path: Path) -> None:
+    """Collators would take a column `label` for the labels, whatever stands in it."""
+    model = tiny["bert" if task == "sequence_classification" else "base"]
+    argv = ["--model", model, "--task", task, *common, "--selection_ratio", "0.5", "--granularity", "sample"]
+    for part in ("pool", "target", "held_out"):
+        rows = datasets.load_dataset("json", data_files=data[f"{part}.jsonl"])["train"]
+        if classes is not None:
+            rows = rows.cast_column("label", datasets.ClassLabel(names=classes))
+        rows.to_parquet(tmp_path / f"{part}.parquet")
+    there = {f"{part}.parquet": str(tmp_path / f"{part}.parquet") for part in ("pool", "target", "held_out")}
+    argv += places(there, "{}.parquet")
+    plain, trainer = run("blade", argv), run("blade", [*argv, "--domain_column", "label"])
+    assert sorted(map(str, trainer.domain_names)) == ["bad", "good", "neither"]
+    for ours, theirs in zip(trainer.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    subset, pool = trainer.selected_subset(fraction=0.1), datasets.load_dataset("json", data_files=data["pool.jsonl"])
+    domains = [subset.domain_names[i] for i in subset.domain_ids.tolist()]
+    assert domains == pool["train"].select(subset.ids.tolist())["label"][:]
+
+
+def test_a_token_for_the_hub_may_be_given(tiny, data, common, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    monkeypatch.setattr(SelectedSubset, "push_to_hub", lambda subset, repo_id, pool, token: given.append(token))
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    argv = ["--model", tiny["base"], *places(data), *common, "--push_subset", "me/kept"]
+    run("blade", [*argv, "--hub_token", "hf_of_nobody"])
+    assert given == ["hf_of_nobody"]

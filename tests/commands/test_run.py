@@ -254,7 +254,7 @@ def test_the_subset_of_a_file_that_was_moved(tiny, data, common, tmp_path: Path)
 @pytest.fixture
 def uploads(monkeypatch: pytest.MonkeyPatch) -> list:
     done = []
-    upload = lambda subset, repo_id, pool: done.append((repo_id, subset.to_dataset(pool)))  # noqa: E731
+    upload = lambda subset, repo_id, pool, token: done.append((repo_id, subset.to_dataset(pool)))  # noqa: E731
     monkeypatch.setattr(SelectedSubset, "push_to_hub", upload)
     monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
     return done

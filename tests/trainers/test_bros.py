@@ -728,6 +728,15 @@ def test_a_subset_says_where_it_came_from(tmp_path: Path) -> None:
     assert torch.equal(SelectedSubset.load(tmp_path / "subset").weights, subset.weights)
     trainer.model.config._name_or_path = str(tmp_path / "my model")  # folders of this machine are nobody's business
     assert trainer.selected_subset(fraction=0.5).facts["model"] == "my model"
+    snapshot = "/cache/models--me--large/snapshots/4e20de36"
+    for given, name in (
+        ("../ours/model", "model"),
+        ("~/ours/model", "model"),
+        ("a/b/model", "model"),
+        (snapshot, "me/large"),
+    ):
+        trainer.model.config._name_or_path = given
+        assert trainer.selected_subset(fraction=0.5).facts["model"] == name
     trainer.model.config._name_or_path = "me/model"
     assert trainer.selected_subset(fraction=0.5).facts["model"] == "me/model"
 

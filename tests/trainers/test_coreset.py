@@ -5,12 +5,14 @@ import itertools
 import math
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from huggingface_hub.utils import filter_repo_objects
 from tiny import arguments, make_dataset, make_model, make_trainer, parameters_of
 from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainerCallback, set_seed
@@ -683,6 +685,42 @@ def test_changed_settings_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixt
     interrupted(tmp_path, RESUMABLE)
     build(tmp_path, {**RESUMABLE, "upper_learning_rate": 0.2}).search(resume_from_checkpoint=True)
     assert "{'upper_learning_rate': 0.05}, now {'upper_learning_rate': 0.2}" in caplog.text
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_an_upload_holds_neither_the_searched_model_nor_images_that_nobody_asked_for(
+    images: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploads: list[dict[str, Any]] = []
+    hub = SimpleNamespace(
+        create_repo=lambda repo_id, **kwargs: SimpleNamespace(repo_id=repo_id),
+        upload_folder=lambda **kwargs: uploads.append(kwargs),
+    )
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
+    settings = {"save_strategy": "steps", "save_steps": 2, "hub_model_id": "me/model"}
+    trainer = build(tmp_path, RESUMABLE, trainer_kwargs={"search_model": make_model("vit")}, **settings)
+    trainer.train()
+    assert (tmp_path / module.SEARCH_FOLDER / module.INITIALISATION_NAME).exists()
+    trainer.push_to_hub(**({"images": True} if images else {}))
+    paths = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
+    uploaded = set(filter_repo_objects(paths, ignore_patterns=uploads[-1]["ignore_patterns"]))
+    pictures = {"coreset_ranking.png", "coreset_search.png", *(["coreset_images.png"] if images else [])}
+    settings_and_facts = {"bilevel_config.json", "bilevel_facts.json", "config.json", "training_args.bin"}
+    assert uploaded == {"README.md", "model.safetensors", *pictures, *settings_and_facts}
+    assert ("coreset_images.png" in (tmp_path / "README.md").read_text(encoding="utf-8")) == images
+
+
+def test_images_that_cannot_be_drawn_stop_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = build(tmp_path)
+    trainer.search()
+    monkeypatch.setattr(module, "can_be_drawn", lambda image: False)
+    trainer.create_model_card(images=True)
+    assert not (tmp_path / "coreset_images.png").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(trainer, "_chosen_images", lambda: [torch.zeros(5, 8, 8).numpy()])
+    trainer.create_model_card(images=True)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "coreset_images.png" not in card and "coreset_ranking.png" in card
 
 
 def test_nothing_is_written_without_a_save_strategy(tmp_path: Path) -> None:

@@ -196,7 +196,7 @@ def test_a_search_of_before_is_resumed(tmp_path: Path) -> None:
     settings = {**RESUMABLE, "engine": "kernel"}
     expected = build(tmp_path / "whole", settings).search()
     interrupted(tmp_path / "part", settings)
-    path = tmp_path / "part" / "coreset_search" / "state.pt"
+    path = tmp_path / "part" / "_coreset_search" / "state.pt"
     state = torch.load(path, weights_only=True)
     del state["required_ids"]
     torch.save(state, path)

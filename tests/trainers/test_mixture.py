@@ -853,6 +853,32 @@ def test_evaluation_of_every_domain(tmp_path: Path) -> None:
     assert trainer.evaluate()["eval_weighted_loss"] == pytest.approx(sum(expected.values()) / 3, abs=1e-5)
 
 
+@pytest.mark.filterwarnings("error:`target_dataset` has samples of")
+@pytest.mark.parametrize("names", [None, ["web", "books", "code"]])
+def test_numbers_of_domains_are_named_everywhere(names: list[str] | None, tmp_path: Path) -> None:
+    """As classes, and as plain numbers with `domain_names`."""
+
+    def numbered(rows: datasets.Dataset) -> datasets.Dataset:
+        ids = [["web", "books", "code"].index(source) for source in rows["source"]]
+        rows = rows.remove_columns("source").add_column("source", ids)
+        return (
+            rows.cast_column("source", datasets.ClassLabel(names=["web", "books", "code"])) if names is None else rows
+        )
+
+    evaluated, target = make_dataset("llama", 30, seed=5), make_dataset("llama", 10, seed=7)
+    found = []
+    for change, given in ((lambda rows: rows, None), (numbered, names)):
+        settings = {"bilevel_config": MixtureConfig(domain_column="source", inner_steps=1, domain_names=given)}
+        sets = {"eval_dataset": change(evaluated), "target_dataset": change(target)}
+        pool = change(make_dataset("llama", 24))
+        trainer = make_trainer(
+            MixtureTrainer, "llama", tmp_path, train_dataset=pool, trainer_kwargs={**settings, **sets}
+        )
+        losses = {name: value for name, value in trainer.evaluate().items() if name.endswith("_loss")}
+        found.append(losses)
+    assert found[0] == pytest.approx(found[1]) and "eval_books_loss" in found[0]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_evaluation_of_a_dict_of_datasets(tmp_path: Path) -> None:
