@@ -351,7 +351,7 @@ class SelectedSubset:
         except BaseException as error:
             if folder is None:
                 shutil.rmtree(written, ignore_errors=True)
-            if not isinstance(error, Exception):
+            if not isinstance(error, (OSError, pyarrow.ArrowException)):
                 raise
             raise RuntimeError(
                 f"The subset could not be written to `{written}` ({type(error).__name__}: {error}), and nothing was uploaded. Make sure "

@@ -124,6 +124,7 @@ def run(
     config: BladeConfig | BrosConfig | CoresetConfig | MixtureConfig | None,
     resume: Path | bool | None = None,
     trainer_kwargs: dict[str, Any] | None = None,
+    evaluates_first: bool = False,
     **kwargs: Any,
 ) -> Any:
     extra: dict[str, Any] = {}
@@ -145,6 +146,8 @@ def run(
         **kwargs,
     )
     assert trainer.args.world_size == NUM_PROCESSES > 1, f"{trainer.args.world_size} of {NUM_PROCESSES} processes"
+    if evaluates_first:
+        trainer.evaluate(make_dataset(name, 9, seed=5))
     set_seed(11)
     trainer.train(resume_from_checkpoint=str(resume) if isinstance(resume, Path) else resume)
     return trainer
@@ -464,6 +467,39 @@ def check_uneven(folder: Path, case: str) -> None:
     passed(case)
 
 
+def check_evaluated_before(folder: Path, case: str) -> None:
+    """An evaluation before training leaves the processes with one model; Accelerate then wraps it for the evaluation alone."""
+    for config in (BladeConfig(**ON), BrosConfig(**BROS_ON), MixtureConfig(**MIXTURE_ON), CoresetConfig(**CORESET_ON)):
+        name = type(config).__name__
+        one, two = (run(folder / name, "vit", config, evaluates_first=first) for first in (True, False))
+        assert same_on_all(parameters_of(one)) and torch.equal(parameters_of(one), parameters_of(two)), (
+            f"{case}: {name}"
+        )
+    lora = run(folder / "lora", "llama", BladeConfig(**ON), evaluates_first=True, model=lora_model())
+    assert same_on_all(parameters_of(lora)), f"{case}: lora"
+    logged = [entry[key] for entry in lora.state.log_history for key in sorted(entry) if "_loss_q" in key]
+    assert logged and same_on_all(torch.tensor(logged)), f"{case}: quantiles"
+    passed(case)
+
+
+def check_split_batches(folder: Path, case: str) -> None:
+    """Each process has a part of the batch that the arguments name, and selects from that."""
+    data = {"target_dataset": make_dataset("vit", 10, seed=7), "bilevel_config": BladeConfig(**ON)}
+    settings = {"accelerator_config": {"split_batches": True}, "trainer_kwargs": data, "ddp_backend": "gloo"}
+    try:
+        make_trainer(BladeTrainer, "vit", folder, per_device_train_batch_size=NUM_PROCESSES, **settings)
+    except ValueError as error:
+        assert "selects all of it" in str(error), f"{case}: {error}"
+    else:
+        raise AssertionError(f"{case}: one candidate was not noticed")
+    trainer = make_trainer(BladeTrainer, "vit", folder, per_device_train_batch_size=4 * NUM_PROCESSES, **settings)
+    trainer.train()
+    assert trainer._pool_loader.batch_size == 4, f"{case}: {trainer._pool_loader.batch_size}"
+    shares = [entry["blade/selected_fraction"] for entry in trainer.state.log_history if "loss" in entry]
+    assert shares and all(share == 0.5 for share in shares), f"{case}: {shares}"
+    passed(case)
+
+
 def check_statistics(folder: Path, case: str) -> None:
     """Batch normalisation: every process scores with the first one's running statistics, and so does a resumed run."""
     from transformers import ResNetConfig, ResNetForImageClassification
@@ -603,6 +639,8 @@ CASES: dict[str, Callable[[Path, str], None]] = {
     "coreset": partial(check_coreset, settings=CORESET_ON),
     "coreset kernel": partial(check_coreset, settings=KERNEL_ON, fresh=True),
     "uneven": check_uneven,
+    "evaluated before": check_evaluated_before,
+    "split batches": check_split_batches,
     "statistics": check_statistics,
     "skipped layers": check_skipped_layers,
     "weights when last seen": check_weights_when_last_seen,

@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_contract import METHODS, build
-from tiny import make_dataset, parameters_of
+from tiny import make_dataset, make_trainer, parameters_of
 from transformers import Trainer, set_seed
 
+from hf_bilevel import BladeConfig, BladeTrainer, MixtureConfig, MixtureTrainer
 from hf_bilevel.trainers.checkpoints import write_state
 
 LIMITS = resource.getrlimit(resource.RLIMIT_FSIZE)  # of the size of a file: beyond it writing fails as on a full disk
@@ -192,3 +194,21 @@ def test_a_coreset_whose_first_checkpoint_is_torn_is_not_searched_again(tmp_path
     resumed._losses_and_gradient = None  # what an outer step would call
     resumed.train(resume_from_checkpoint=True)
     assert torch.equal(parameters_of(resumed), parameters_of(whole))
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "config"),
+    [
+        (BladeTrainer, BladeConfig(selection_ratio=np.linspace(0.1, 0.5, 3)[2], penalty=np.float64(0.5))),
+        (
+            MixtureTrainer,
+            MixtureConfig(domain_column="source", domain_names=list(np.unique(["web", "books", "code"]))),
+        ),
+    ],
+)
+def test_settings_of_numpy_do_not_spoil_checkpoints(trainer_class: type, config: Any, tmp_path: Path) -> None:
+    data = {"target_dataset": make_dataset("vit", 8), "bilevel_config": config}
+    make_trainer(trainer_class, "vit", tmp_path, save_strategy="steps", save_steps=2, trainer_kwargs=data).train()
+    again = make_trainer(trainer_class, "vit", tmp_path, trainer_kwargs=data)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert type(getattr(config, "selection_ratio", 0.5)) is float

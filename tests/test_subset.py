@@ -432,7 +432,7 @@ def test_rows_are_taken_in_parts_that_fit(hub: Hub, tmp_path: Path, monkeypatch:
 def test_what_cannot_be_written_leaves_nothing_behind(hub: Hub, tmp_path: Path) -> None:
     Image.new("L", (4, 4)).save(tmp_path / "image.png")
     images = Dataset.from_dict({"image": [str(tmp_path / "image.png")] * 3}).cast_column("image", datasets.Image())
-    os.unlink(tmp_path / "image.png")
+    (tmp_path / "image.png").unlink()
     message = r"could not be written to `.*` \(FileNotFoundError: .*image.png.*, and nothing was uploaded"
     with pytest.raises(RuntimeError, match=message):
         SelectedSubset(IDS[1:2], 3).push_to_hub("me/images", pool=images)

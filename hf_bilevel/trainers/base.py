@@ -112,7 +112,7 @@ class BilevelMixin(CheckpointMixin):
         else:
             super().__init__(model=model, args=args, **kwargs)
         self._pools = kwargs.get("train_dataset"), self.train_dataset  # as given, as prepared
-        self._candidate_batch_size = self.args.per_device_train_batch_size
+        self._candidate_batch_size = self._of_this_process(self.args.per_device_train_batch_size)
         if self.bilevel_config.check_processes:
             self.add_callback(AgreementCallback(self._state_of_all_processes))
         self._prepare_pool()
@@ -622,12 +622,13 @@ class BilevelMixin(CheckpointMixin):
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
         # Entered again by `auto_find_batch_size` and by each trial of a hyperparameter search.
-        self._candidate_batch_size = self.args.per_device_train_batch_size
+        self._candidate_batch_size = self._of_this_process(self.args.per_device_train_batch_size)
         if self.args.auto_find_batch_size and batch_size is not None:
-            self._candidate_batch_size = batch_size
+            self._candidate_batch_size = self._of_this_process(batch_size)
         try:
             if self.train_dataset is not self._prepared_pool:
                 self._prepare_pool()
+            self._let_model_be_wrapped()
             self._begin_training()
             output = super()._inner_training_loop(batch_size, *args, **kwargs)
         except BaseException:
@@ -635,6 +636,21 @@ class BilevelMixin(CheckpointMixin):
             raise
         self._end_training(failed=False)
         return output
+
+    def _of_this_process(self, batch_size: int) -> int:
+        """Say how many rows of a batch come to one process."""
+        splits = self.accelerator.dataloader_config.split_batches
+        return max(1, batch_size // self.args.world_size) if splits else batch_size
+
+    def _let_model_be_wrapped(self) -> None:
+        """Have Accelerate wrap the model for training, which it leaves bare where an evaluation has prepared it before.
+
+        Each process would then train a model of its own.
+        """
+        plain_ddp = self.args.world_size > 1 and not self.is_fsdp_enabled and not self.is_deepspeed_enabled
+        if plain_ddp and self.model_wrapped is self.model and not self._is_off():
+            for module in self.model.modules():
+                vars(module).pop("_is_accelerate_prepared", None)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with the method's metrics beside the training loss."""

@@ -234,7 +234,8 @@ class BladeMixin(ReferenceMixin):
     config_class = BladeConfig
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._pending: deque[tuple[Origin, Tensor | None]] = deque()  # what compute_loss needs for each micro-batch
+        self._plans: list[_Plan] = []  # what compute_loss needs for each micro-batch of a step
+        self._plan: _Plan | None = None  # during a training_step
         self._last_scores: Tensor | None = None  # of the last candidates on this process, for the log
         self.sample_tally: SelectionTally | None = None
         super().__init__(*args, **kwargs)
@@ -365,7 +366,7 @@ class BladeMixin(ReferenceMixin):
 
     def _begin_training(self) -> None:
         device = self.args.device
-        self._pending.clear()
+        self._plans.clear()
         self._synced_at = -1
         if self._is_off():
             return
@@ -385,7 +386,7 @@ class BladeMixin(ReferenceMixin):
 
     def _select(self, batches: list[Any], origins: list[Origin], num_items: Any) -> tuple[list[Any], Any]:
         step, rank = self.state.global_step, self.args.process_index
-        self._pending.clear()
+        self._plans.clear()
         if self.bilevel_config.penalty > 0:
             self._remember(batches)
         if step < self.bilevel_config.start_step:
@@ -400,7 +401,7 @@ class BladeMixin(ReferenceMixin):
                     self._check_images(batch, len(origin))
                 picked = self._pick_samples(batches, prepared, origins)
                 return picked, self._get_num_items_in_batch(picked, self.args.device)
-            self._plan_tokens(prepared, origins)
+            self._plan_tokens(batches, prepared, origins)
         planned = [self._planned_labels(batch) for batch in prepared]
         return batches, self._get_num_items_in_batch(planned, self.args.device)
 
@@ -484,10 +485,13 @@ class BladeMixin(ReferenceMixin):
             raise FloatingPointError(self._non_finite_message())
         rows = [keep.nonzero().flatten() for keep in kept]
         if not all(map(len, rows)):
-            raise FloatingPointError(
-                f"No candidate of a batch has a finite loss and a label at step {self.state.global_step}, so there is "
-                "nothing to train on. Check the data and lower the learning rate."
-            )
+            if any(bool(valid.any()) for (_, valid), few in zip(scored, rows, strict=True) if not len(few)):
+                raise FloatingPointError(
+                    f"No candidate of a batch has a finite loss at step {self.state.global_step}, so there is nothing to train on. "
+                    "Check the data and lower the learning rate."
+                )
+            # Rows without labels, such as the last ones of an epoch: one of them is trained on, which adds nothing.
+            rows = [few if len(few) else torch.tensor([0]) for few in rows]
         return [self._picked(*entry) for entry in zip(batches, rows, sizes, lengths, strict=True)]
 
     @staticmethod
@@ -530,16 +534,16 @@ class BladeMixin(ReferenceMixin):
 
     # Token level ----------------------------------------------------------------------------------------------------
 
-    def _plan_tokens(self, batches: list[Any], origins: list[Origin]) -> None:
+    def _plan_tokens(self, batches: list[Any], prepared: list[Any], origins: list[Origin]) -> None:
         """Compute what the training forward needs to choose tokens: the reference's losses, or random scores."""
         if self.bilevel_config.score == "excess_loss":
             with self.reference.active() as reference:
-                plans = [self._losses(reference, batch).losses for batch in batches]
+                scores = [self._losses(reference, batch).losses for batch in prepared]
         elif self.bilevel_config.score == "random":
-            plans = [torch.rand(batch["labels"].shape).to(batch["labels"].device) for batch in batches]
+            scores = [torch.rand(batch["labels"].shape).to(batch["labels"].device) for batch in prepared]
         else:
-            plans = [None] * len(batches)
-        self._pending.extend(zip(origins, plans, strict=True))
+            scores = [None] * len(prepared)
+        self._plans.extend(_Plan(*entry) for entry in zip(batches, origins, scores, strict=True))
 
     def _planned_labels(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Labels with as many valid entries as will be selected, for the Trainer's own counting."""
@@ -549,16 +553,35 @@ class BladeMixin(ReferenceMixin):
         positions = torch.arange(valid.numel() + 1, device=valid.device)
         return {"labels": torch.where((positions > 0) & (positions <= planned), 0, IGNORE_INDEX)}
 
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Take the Trainer's step on a micro-batch, or another one on the same."""
+        self._plan = self._plan_of(inputs)
+        try:
+            return super().training_step(model, inputs, *args, **kwargs)
+        finally:
+            self._plan = None
+
+    def _plan_of(self, inputs: dict[str, Any]) -> "_Plan | None":
+        """Find what was planned for a micro-batch: the very one, or one that somebody has made of the next."""
+        plans = [plan for plan in self._plans if plan.batch is inputs] or [
+            plan for plan in self._plans if not plan.used
+        ]
+        if self._plans and not plans:
+            raise RuntimeError(
+                "`training_step` was called more often than the step has micro-batches, with a batch of its own, for which no tokens are "
+                "selected. Pass the batch as it came, or use `granularity='sample'`, which selects before `training_step`."
+            )
+        return plans[0] if plans else None
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Compute the Trainer's loss, over the selected tokens at token level."""
-        if not self._pending or not model.training:
+        if self._plan is None or not model.training:
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
-        origin, plan = self._pending.popleft()
-        selecting = _SelectingModel(self, model, origin, plan)
+        selecting = _SelectingModel(self, model, self._plan)
         result = super().compute_loss(
             selecting, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
@@ -575,23 +598,25 @@ class BladeMixin(ReferenceMixin):
             )
         return result
 
-    def _select_tokens(self, units: UnitLosses, origin: Origin, plan: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _select_tokens(self, units: UnitLosses, plan: "_Plan") -> tuple[Tensor, Tensor]:
         """Choose by the token losses of the training forward: which tokens to keep, and how many were planned."""
         config = self.bilevel_config
-        self._check_num_rows(len(units.losses), len(origin))
+        self._check_num_rows(len(units.losses), len(plan.origin))
         proxy_losses = units.losses.detach()
         if config.score == "excess_loss":
-            scores = excess_loss(proxy_losses, plan)
+            scores = excess_loss(proxy_losses, plan.scores)
         elif config.score == "loss":
             scores = proxy_losses
         else:
-            scores = torch.where(proxy_losses.isfinite(), plan, proxy_losses)
+            scores = torch.where(proxy_losses.isfinite(), plan.scores, proxy_losses)
         planned = num_selected(config.selection_ratio, units.counts.sum())
         keep = top_units(scores, units.valid, planned)
         if config.on_non_finite == "error" and bool((units.valid & ~scores.isfinite()).any()):
             raise FloatingPointError(self._non_finite_message())
-        score_rows = torch.where(units.valid & scores.isfinite(), scores, 0.0).sum(1)
-        self._record(origin, units.counts.sum(1), keep.sum(1), score_rows, scores, units.valid, keep)
+        if not plan.used:  # else it is the same rows once more
+            plan.used = True
+            score_rows = torch.where(units.valid & scores.isfinite(), scores, 0.0).sum(1)
+            self._record(plan.origin, units.counts.sum(1), keep.sum(1), score_rows, scores, units.valid, keep)
         return keep, planned
 
     # The reference phase --------------------------------------------------------------------------------------------
@@ -660,7 +685,14 @@ class BladeMixin(ReferenceMixin):
     def _lower_loss(self, reference: nn.Module, batch: Any, selection: Tensor | None) -> Tensor:
         if selection is not None and self.granularity == "sample":
             rows = selection.nonzero().flatten().tolist()
-            return self._mean_loss(reference, pick_rows(batch, rows, len(selection)))
+            if rows:
+                return self._mean_loss(reference, pick_rows(batch, rows, len(selection)))
+            picked = pick_rows(
+                batch, [0], len(selection)
+            )  # none has a label: nothing is learned, by a pass as of the others
+            return self._weighted_loss(
+                reference, picked, lambda counts: torch.zeros_like(counts, dtype=torch.float32)
+            )[0]
         units = self._losses(reference, batch)
         finite = units.losses.detach().isfinite()
         return units.mean(finite if selection is None else selection & finite)
@@ -749,13 +781,17 @@ class BladeMixin(ReferenceMixin):
             metrics[f"blade/{name}_selected_mean"] = kept_scores / max(1.0, selected)
             metrics["blade/selected_fraction"] = selected / offered
             metrics["blade/num_excluded"] = excluded
+            found = torch.full((len(QUANTILES),), math.nan, device=self._sums.device)
             if self._last_scores is not None:
                 probabilities = torch.tensor(QUANTILES, device=self._last_scores.device)
-                found = self._last_scores.float().flatten().nanquantile(probabilities).tolist()
-                metrics |= {
-                    f"blade/{name}_q{round(100 * p):02}": value for p, value in zip(QUANTILES, found, strict=True)
-                }
+                found = self._last_scores.float().flatten().nanquantile(probabilities)
                 self._last_scores = None
+            found = (
+                self.accelerator.gather(found[None]).nanmean(0).tolist()
+            )  # the same everywhere, as all that is logged
+            metrics |= {
+                f"blade/{name}_q{round(100 * p):02}": v for p, v in zip(QUANTILES, found, strict=True) if v == v
+            }
         if self._reference_losses:
             metrics["blade/reference_loss"] = float(torch.cat(self._reference_losses).mean())
             self._reference_losses = []
@@ -887,13 +923,22 @@ class BladeMixin(ReferenceMixin):
         return plots
 
 
+@dataclass
+class _Plan:
+    """What is known of a micro-batch before the forward pass that tokens are selected in."""
+
+    batch: Any
+    origin: Origin
+    scores: Tensor | None  # losses of the reference, or random ones
+    used: bool = False
+
+
 class _SelectingModel:
     """Stands in for the model in ``compute_loss``: one forward without labels, the loss over the selected tokens."""
 
-    def __init__(self, trainer: BladeMixin, model: nn.Module, origin: Origin, plan: Tensor | None) -> None:
+    def __init__(self, trainer: BladeMixin, model: nn.Module, plan: _Plan) -> None:
         self._trainer = trainer
         self._model = model
-        self._origin = origin
         self._plan = plan
         self.num_calls = 0
         self.selected: Tensor | None = None  # what the loss must be made from
@@ -914,7 +959,7 @@ class _SelectingModel:
                 "`model.config.return_dict = True`."
             )
         units = token_losses_from_logits(head, outputs["logits"], inputs)
-        keep, planned = self._trainer._select_tokens(units, self._origin, self._plan)
+        keep, planned = self._trainer._select_tokens(units, self._plan)
         total = torch.where(keep, units.losses, 0.0).sum()
         outputs["loss"] = self.selected = total / (planned.clamp(min=1) if num_items is None else num_items)
         return outputs
@@ -926,7 +971,7 @@ class _SelectingModel:
         units = UnitLosses(-outputs.log_probs, outputs.label_mask.long())
         if "shift_labels" not in inputs:  # the last position, which predicts nothing, is missing
             units = UnitLosses(F.pad(units.losses, (0, 1)), F.pad(units.counts, (0, 1)))
-        keep, _ = self._trainer._select_tokens(units, self._origin, self._plan)
+        keep, _ = self._trainer._select_tokens(units, self._plan)
         outputs.log_probs = self.selected = torch.where(keep[:, :width], outputs.log_probs, 0.0)
         return outputs
 

@@ -96,7 +96,9 @@ class BilevelConfig:
 
 
 def check_types(settings: Any, without: Container[str] = ()) -> None:
-    """Check the fields of a dataclass, whose values may come from anywhere.
+    """Check the fields of a dataclass, whose values may come from anywhere, and make them Python's own.
+
+    NumPy's numbers and strings are of Python's types too, and what is saved with them cannot be loaded safely.
 
     Args:
         settings: The dataclass; its fields are declared as a type, an optional one, or a list.
@@ -114,6 +116,7 @@ def check_types(settings: Any, without: Container[str] = ()) -> None:
             continue
         if not _has_type(value, hints[entry.name]):
             raise TypeError(_wrong_type(entry.name, value, _type_name(hints[entry.name])))
+        setattr(settings, entry.name, _builtin(value))
         if isinstance(value, int):
             _check_size(entry.name, value)
 
@@ -134,6 +137,14 @@ def _has_type(value: Any, hint: Any) -> bool:
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)
+
+
+def _builtin(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_builtin(entry) for entry in value]
+    if isinstance(value, str):
+        return str.__str__(value)
+    return float(value) if isinstance(value, float) else value
 
 
 def _type_name(hint: Any) -> str:

@@ -1199,6 +1199,124 @@ def test_a_loss_that_selection_cannot_reach_is_refused(tmp_path: Path, takes: st
         trainer.train()
 
 
+class TwiceInStep(Trainer):
+    """Regularised dropout: two passes of a batch."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        one, two = (super(TwiceInStep, self).compute_loss(model, inputs, True, num_items_in_batch) for _ in range(2))
+        self.__dict__.setdefault("pairs", []).append((one[0].detach(), two[0].detach()))
+        return ((one[0] + two[0]) / 2, one[1]) if return_outputs else (one[0] + two[0]) / 2
+
+
+class TwoSteps(Trainer):
+    """Sharpness-aware: two steps on a batch."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        steps = [super(TwoSteps, self).training_step(model, inputs, num_items_in_batch) for _ in range(2)]
+        self.__dict__.setdefault("pairs", []).append(steps)
+        return steps[0]
+
+
+@pytest.mark.parametrize("kind", [TwiceInStep, TwoSteps])
+def test_a_batch_that_is_passed_twice_has_the_same_tokens_both_times(kind: type[Trainer], tmp_path: Path) -> None:
+    trainer_class = type("InFront", (kind, BladeTrainer), {})
+    settings = {"bilevel_config": BladeConfig(selection_ratio=0.5), "target_dataset": make_dataset("llama", 4)}
+    trainer = make_trainer(trainer_class, "llama", tmp_path, trainer_kwargs=settings)
+    trainer.train()
+    assert len(trainer.pairs) > 4
+    for one, two in trainer.pairs:
+        assert torch.equal(one, two)
+    offered = trainer.sample_tally.state_dict()["offered"]
+    once = make_trainer(BladeTrainer, "llama", tmp_path, trainer_kwargs=settings)
+    once.train()
+    assert torch.equal(offered, once.sample_tally.state_dict()["offered"])  # counted once
+
+
+def test_a_step_on_a_batch_that_nothing_was_selected_of_is_refused(tmp_path: Path) -> None:
+    class Copies(BladeTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            for _ in range(2):
+                loss = super().training_step(model, dict(inputs), num_items_in_batch)
+            return loss
+
+    settings = {"bilevel_config": BladeConfig(selection_ratio=0.5), "target_dataset": make_dataset("llama", 4)}
+    trainer = make_trainer(Copies, "llama", tmp_path, gradient_accumulation_steps=1, trainer_kwargs=settings)
+    with pytest.raises(RuntimeError, match="called more often than the step has micro-batches"):
+        trainer.train()
+
+
+def test_a_look_at_the_loss_in_between_changes_nothing(tmp_path: Path) -> None:
+    class Probe(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs) -> None:
+            batch = self.trainer.data_collator([self.trainer.target_dataset[0]])
+            batch.pop("source", None)
+            self.trainer.compute_loss(model, {k: v for k, v in batch.items() if torch.is_tensor(v)})
+
+    def run(probes: bool) -> tuple[torch.Tensor, list[float]]:
+        target = make_dataset("llama", 4).remove_columns("source")
+        settings = {"bilevel_config": BladeConfig(selection_ratio=0.5), "target_dataset": target}
+        trainer = make_trainer(BladeTrainer, "llama", tmp_path, trainer_kwargs=settings)
+        if probes:
+            probe = Probe()
+            probe.trainer = trainer
+            trainer.add_callback(probe)
+        trainer.train()
+        return parameters_of(trainer), [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    assert torch.equal(run(True)[0], run(False)[0])
+    assert run(True)[1] == run(False)[1]
+
+
+def unlabelled(rows: list[dict[str, Any]], without: set[int]) -> Dataset:
+    none = {"labels": [-100] * LENGTH}
+    return Dataset.from_list([{**row, **(none if i in without else {})} for i, row in enumerate(rows)])
+
+
+def test_rows_without_labels_do_not_end_a_run(tmp_path: Path) -> None:
+    """The last batch of an epoch may be of these alone."""
+    settings = {
+        "bilevel_config": BladeConfig(selection_ratio=0.5, granularity="sample"),
+        "target_dataset": make_dataset("llama", 4),
+    }
+    trainer = make_trainer(
+        BladeTrainer,
+        "llama",
+        tmp_path,
+        train_dataset=unlabelled(make_rows("llama", 33), {32}),
+        train_sampling_strategy="sequential",
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=1,
+        max_steps=6,
+        trainer_kwargs=settings,
+    )
+    trainer.train()
+    assert trainer.state.global_step == 6 and parameters_of(trainer).isfinite().all()
+    assert int(trainer.sample_tally.state_dict()["selected"][32]) == 0
+
+
+def test_a_reference_learns_nothing_from_rows_without_labels(tmp_path: Path) -> None:
+    config = BladeConfig(
+        selection_ratio=0.5,
+        granularity="sample",
+        penalty=1.0,
+        sync_steps=2,
+        reference_steps=4,
+        first_reference_steps=1,
+    )
+    trainer = make_trainer(
+        BladeTrainer,
+        "llama",
+        tmp_path,
+        train_dataset=unlabelled(make_rows("llama", 64), set(range(0, 64, 2)) | set(range(40))),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=8,
+        max_steps=6,
+        trainer_kwargs={"bilevel_config": config, "target_dataset": make_dataset("llama", 4)},
+    )
+    trainer.train()
+    assert parameters_of(trainer).isfinite().all()
+
+
 def test_a_reference_keeps_no_cache(tmp_path: Path) -> None:
     reference = make_model("llama")
     assert reference.config.use_cache
