@@ -485,14 +485,21 @@ class BladeMixin(ReferenceMixin):
             raise FloatingPointError(self._non_finite_message())
         rows = [keep.nonzero().flatten() for keep in kept]
         if not all(map(len, rows)):
-            if any(bool(valid.any()) for (_, valid), few in zip(scored, rows, strict=True) if not len(few)):
+            are_broken = any(bool(valid.any()) for (_, valid), few in zip(scored, rows, strict=True) if not len(few))
+            if are_broken or not self._divides_by_labels_of_the_step:
                 raise FloatingPointError(
-                    f"No candidate of a batch has a finite loss at step {self.state.global_step}, so there is nothing to train on. "
-                    "Check the data and lower the learning rate."
+                    f"No candidate of a batch has a finite loss and a label at step {self.state.global_step}, so there is "
+                    "nothing to train on. Check the data and lower the learning rate."
                 )
             # Rows without labels, such as the last ones of an epoch: one of them is trained on, which adds nothing.
             rows = [few if len(few) else torch.tensor([0]) for few in rows]
         return [self._picked(*entry) for entry in zip(batches, rows, sizes, lengths, strict=True)]
+
+    @property
+    def _divides_by_labels_of_the_step(self) -> bool:
+        """Say whether a batch without labels has a loss of 0; a mean of its own would be 0 / 0."""
+        own = self.compute_loss_func is None and self.label_smoother is None and self.compute_sample_losses is None
+        return own and self._head in LM_HEADS and self.model_accepts_loss_kwargs
 
     @staticmethod
     def _picked(batch: Any, rows: Tensor, size: int, lengths: Tensor | None) -> Any:
@@ -735,6 +742,7 @@ class BladeMixin(ReferenceMixin):
 
     def _end_training(self, failed: bool) -> None:
         super()._end_training(failed)
+        self._plans.clear()
         # Not when training failed: the other processes may not come here, and waiting for them would hang.
         if not self._is_off() and not failed:
             self._merge(self.sample_tally)

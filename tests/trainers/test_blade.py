@@ -1294,6 +1294,24 @@ def test_rows_without_labels_do_not_end_a_run(tmp_path: Path) -> None:
     assert int(trainer.sample_tally.state_dict()["selected"][32]) == 0
 
 
+def test_rows_without_labels_end_a_run_where_their_loss_is_no_number(tmp_path: Path) -> None:
+    rows = [{**row, **({"labels": -100} if i % 32 < 8 else {})} for i, row in enumerate(make_rows("vit", 32))]
+    settings = {"bilevel_config": BladeConfig(selection_ratio=0.5), "target_dataset": make_dataset("vit", 4)}
+    trainer = make_trainer(
+        BladeTrainer,
+        "vit",
+        tmp_path,
+        train_dataset=Dataset.from_list(rows[8:] + rows[:8]),
+        train_sampling_strategy="sequential",
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=1,
+        max_steps=6,
+        trainer_kwargs=settings,
+    )
+    with pytest.raises(FloatingPointError, match="No candidate of a batch has a finite loss and a label at step 3"):
+        trainer.train()
+
+
 def test_a_reference_learns_nothing_from_rows_without_labels(tmp_path: Path) -> None:
     config = BladeConfig(
         selection_ratio=0.5,
