@@ -53,9 +53,11 @@ def start(num_processes: int, *arguments: str, **environment: str) -> "subproces
 
 def assert_passed(result: "subprocess.CompletedProcess[str]", cases: Iterable[str]) -> None:
     output = result.stdout + result.stderr
-    assert result.returncode == 0, output[-6000:]
+    crash = output.find("Fatal Python error")  # where a process was that could not raise, long before the end
+    shown = (output[crash : crash + 4000] if crash >= 0 else "") + output[-6000:]
+    assert result.returncode == 0, shown
     for case in cases:
-        assert f"{case}: passed" in output, output[-6000:]
+        assert f"{case}: passed" in output, shown
 
 
 @pytest.mark.slow
